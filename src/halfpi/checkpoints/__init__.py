@@ -1,5 +1,7 @@
 """Checkpoints of π0.5: read every format that exists, strictly, and write one of our own."""
 
+from __future__ import annotations
+
 from halfpi.checkpoints.checkpoint import Checkpoint, CheckpointSummary, open_checkpoint
 from halfpi.checkpoints.convert import convert
 from halfpi.checkpoints.errors import CheckpointError

@@ -37,7 +37,8 @@ class CheckpointSummary:
     """What a checkpoint is, for people to read.
 
     parameters and dtypes: how many parameters each part of the model, and each stored dtype, has.
-    stored_bytes: of the tensors in use. unused: stored names of known tensors that inference never needs.
+    stored_bytes: of the tensors in use. unused: stored names of known tensors that inference never
+    needs.
     assumptions: what the files left open and how it was taken.
     """
 
@@ -56,7 +57,7 @@ class CheckpointSummary:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint whose tensors have been checked by name, shape and dtype, but not read yet."""
+    """An open checkpoint: names, shapes and dtypes of its tensors are checked, none is read yet."""
 
     path: Path
     format: FormatName
@@ -68,13 +69,15 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor] = field(repr=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of `Pi05(config).state_dict()` once, as stored, holding one in memory at a time.
+        """Each tensor of `Pi05(config).state_dict()` once, as stored, with one in memory at a time.
 
-        Raises CheckpointError that names a tensor which cannot be read, or has NaN or infinite values.
+        Raises CheckpointError that names a tensor which cannot be read, or has NaN or infinite
+        values.
         """
         for name, stored in self.stored.items():
             tensor = stored.read()
-            # The extremes of a tensor with NaN are NaN; unlike isfinite this needs no second tensor.
+            # The extremes of a tensor with NaN are NaN; unlike isfinite this needs no second
+            # tensor.
             if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
                 raise CheckpointError(f"{self.path}: {name} has NaN or infinite values")
             yield name, tensor
@@ -114,11 +117,12 @@ def open_checkpoint(
     """Open the checkpoint in the directory `path`, of whichever format it is.
 
     asset_id: whose statistics to take when an openpi checkpoint has several robots'.
-    processing_overrides: fields of `ProcessingConfig`; config_overrides: fields of `Pi05Config`. Both win
-    over what the files state. What neither says is assumed, with a warning that names the option.
+    processing_overrides: fields of `ProcessingConfig`; config_overrides: fields of `Pi05Config`.
+    Both win over what the files state. What neither says is assumed, with a warning that names the
+    option.
 
-    Raises CheckpointError when no format fits, for π0, for files that are broken or contradict each other or
-    an override, and for every missing, unexpected or misshapen tensor and wrong dtype.
+    Raises CheckpointError when no format fits, for π0, for files that are broken or contradict each
+    other or an override, and for every missing, unexpected or misshapen tensor and wrong dtype.
     """
     contents = _read(Path(path), asset_id)
     reject_pi0(contents)
@@ -146,7 +150,7 @@ def open_checkpoint(
 
 
 def _read(path: Path, asset_id: str | None) -> Contents:
-    """The contents of `path` by the first format that it looks like; openpi too prefers torch to orbax."""
+    """The contents of `path` in the first format that it looks like; openpi too prefers torch."""
     if (path / METADATA).is_file():
         return read_halfpi(path)
     if (path / WEIGHTS).is_file():
@@ -167,7 +171,7 @@ def _read(path: Path, asset_id: str | None) -> Contents:
 
 
 def _is_lerobot(path: Path) -> bool:
-    """openpi's config.json has no policy type, and openpi saves no processors."""
+    """Openpi's config.json has no policy type, and openpi saves no processors."""
     if (path / "policy_preprocessor.json").is_file():
         return True
     return (path / "config.json").is_file() and "type" in read_json(path / "config.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ FormatName = Literal["halfpi", "lerobot", "openpi-torch", "openpi-orbax"]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that can be read: shape and dtype are known before, `stored_as` is its name in the files."""
+    """A tensor not yet read, of known shape and dtype; `stored_as` is its name in the files."""
 
     stored_as: str
     shape: tuple[int, ...]
@@ -38,9 +39,10 @@ class Assumption:
 class Contents:
     """A checkpoint as its format stores it.
 
-    tensors: canonical name → tensor, those that share a stored array side by side; some may be known-unused.
+    tensors: canonical name → tensor, those that share a stored array side by side; some may be
+    unused.
     unknown: stored names that no rule of the format knows.
-    stated: fields of `Pi05Config` that the files state. processing: fields of `ProcessingConfig` likewise.
+    stated: fields of `Pi05Config` that the files state. processing: likewise of `ProcessingConfig`.
     """
 
     format: FormatName
@@ -71,7 +73,6 @@ def stored_tensors(
             raise CheckpointError(
                 f"{path} stores {name} twice: as {tensors[name].stored_as} and as {stored_as}"
             )
-        tensors[name] = StoredTensor(
-            stored_as, entry.shape, entry.dtype, lambda stored_as=stored_as: file.read(stored_as)
-        )
+        read = partial(file.read, stored_as)
+        tensors[name] = StoredTensor(stored_as, entry.shape, entry.dtype, read)
     return tensors, tuple(unknown)

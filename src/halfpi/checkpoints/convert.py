@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,21 +22,23 @@ def convert(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
-    **config_overrides: object,
+    **options: Any,
 ) -> Path:
     """Write the checkpoint `source` as the new directory `target`, and return its path.
 
-    dtype: "float32" or "bfloat16", with the exceptions of `Pi05.to_dtype`; None keeps each tensor as stored.
-    overwrite: replace `target` if it is a halfpi checkpoint. config_overrides: as in `open_checkpoint`.
+    dtype: "float32" or "bfloat16", with the exceptions of `Pi05.to_dtype`; None: as stored.
+    overwrite: replace `target` if it is a halfpi checkpoint.
+    options: of `open_checkpoint`, when `source` is a path.
 
-    One tensor is in memory at a time. The directory appears complete or not at all.
+    One tensor is in memory at a time, and `target` appears complete or not at all.
 
-    Raises CheckpointError as `open_checkpoint` and `Checkpoint.tensors` do, when `target` exists, and when it
-    cannot be written; ValueError for another dtype or for overrides of a checkpoint that is open already.
+    Raises CheckpointError as `open_checkpoint` and `Checkpoint.tensors` do, when `target` exists,
+    and when it cannot be written; ValueError for another dtype and for options of a checkpoint
+    that is open already.
     """
     target = Path(target).absolute()
     _check_target(target, overwrite)
-    opened = opened_checkpoint(source, config_overrides)
+    opened = opened_checkpoint(source, options)
     dtypes = _target_dtypes(opened, dtype)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -91,7 +94,7 @@ def _write(opened: Checkpoint, directory: Path, dtypes: dict[str, torch.dtype]) 
 
 
 def _move(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`, whose old contents go only when the new ones are there."""
+    """Put `partial` in the place of `target`; what was there goes last."""
     old = target.with_name(f"{partial.name}-old")
     if target.exists():
         target.rename(old)

@@ -8,7 +8,10 @@ _LISTED = 8
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the message names the file or tensor, what was expected and what came."""
+    """A checkpoint that cannot be used.
+
+    The message names the file or tensor, what was expected and what came.
+    """
 
 
 def listing(things: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""halfpi's own format: a directory with model.safetensors, halfpi.json and, when known, the tokenizer.
+"""The format of our own: a directory with model.safetensors, halfpi.json and maybe a tokenizer.
 
-model.safetensors holds exactly the tensors of `Pi05.state_dict()`; halfpi.json the format's version, the
-`Pi05Config` and the `ProcessingConfig` with the normalisation statistics.
+model.safetensors holds exactly the tensors of `Pi05.state_dict()`; halfpi.json the format's
+version, the `Pi05Config` and the `ProcessingConfig` with the normalisation statistics.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def read_halfpi(root: Path) -> Contents:
     fields = vars(processing)
     for name, value in shared.items():
         if fields[name] != value:
-            raise CheckpointError(f"{where}: {name} is {value} in model, {fields[name]} in processing")
+            raise CheckpointError(
+                f"{where}: {name} is {value} in model, {fields[name]} in processing"
+            )
     tensors, unknown = stored_tensors(root / WEIGHTS, lambda name: name)
     return Contents(
         format="halfpi",

@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote: every surprise is a `CheckpointError` that names file and key."""
+"""JSON that somebody else wrote: every surprise is a `CheckpointError` that names file and key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`. Raises CheckpointError when it cannot be read, parsed, or is no object."""
+    """The object in `path`. Raises CheckpointError when it cannot be read or is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -29,5 +29,5 @@ def member(data: Mapping[str, Any], key: str, kind: type[T], where: object) -> T
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         got = "nothing" if key not in data else repr(value)[:80]
-        raise CheckpointError(f"{where}: {key!r} must be a {kind.__name__}, got {got}")
+        raise CheckpointError(f"{where}: {key!r} must be of type {kind.__name__}, got {got}")
     return kind(value) if kind is float else value  # type: ignore[call-arg, return-value]

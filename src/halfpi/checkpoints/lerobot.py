@@ -1,4 +1,4 @@
-"""LeRobot's π0.5 checkpoints, 0.4 to 0.6: config.json, model.safetensors and the saved processors."""
+"""LeRobot's π0.5 checkpoints, 0.4 to 0.6: config.json, model.safetensors, saved processors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _NORM_MODES: Mapping[str, NormMode] = {
 _UNSUPPORTED = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
 _IMAGES = "observation.images."
 _PADDING_UNKNOWN = Assumption(
-    "saved by LeRobot 0.5.0 or earlier, which does not tell whether it was trained with 0.4's prompt "
-    "and image padding; assuming it was not. If it was, pass processing_overrides="
+    "saved by LeRobot 0.5.0 or earlier, which does not tell whether it was trained with the padded "
+    "prompt and images of 0.4; assuming it was not. If it was, pass processing_overrides="
     '{"prompt_state_dim": 32, "resize": "interpolate-0.4"}',
     frozenset({"prompt_state_dim", "resize"}),
 )
@@ -36,8 +36,8 @@ Steps = Mapping[str, Mapping[str, Any]]
 def read_lerobot(root: Path) -> Contents:
     """The LeRobot checkpoint in the directory `root`.
 
-    Raises CheckpointError for another policy type, an adapter, a memory variant, and for files that do not
-    hold what LeRobot's configuration_pi05.py and processor_pi05.py write.
+    Raises CheckpointError for another policy type, an adapter, a memory variant, and for files that
+    do not hold what LeRobot's configuration_pi05.py and processor_pi05.py write.
     """
     where = root / "config.json"
     config = read_json(where)
@@ -69,13 +69,13 @@ def read_lerobot(root: Path) -> Contents:
             "robot_action_dim": _action_dim(config, where),
             "delta_mask": _delta_mask(pre, post, _action_dim(config, where), root),
         },
-        # A preprocessor without this step is older than 0.5.1; only 0.4 padded, but 0.5.0 looks the same.
+        # A preprocessor without this step is older than 0.5.1: 0.5.0, or 0.4, which padded.
         assumptions=(_PADDING_UNKNOWN,) if pre and "relative_actions_processor" not in pre else (),
     )
 
 
 def _read_steps(path: Path) -> Steps:
-    """The steps of a saved pipeline by registry name: their config, and the state file's name if there is one."""
+    """Registry name of each step of a saved pipeline → its config, with `state_file` if any."""
     if not path.exists():
         return {}
     steps: dict[str, Mapping[str, Any]] = {}
@@ -102,7 +102,7 @@ def _features(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Map
 
 
 def _cameras(config: Mapping[str, Any], pre: Steps, where: Path) -> tuple[str, ...]:
-    """The cameras in the order of the config's visual features, by the names that the robot's observation has."""
+    """The cameras in the order of the visual features, by their names before the renaming."""
     features = _features(config, "input_features", where)
     names = [name for name, feature in features.items() if feature["type"] == "VISUAL"]
     for index in range(member({"empty_cameras": 0, **config}, "empty_cameras", int, where)):
@@ -113,7 +113,8 @@ def _cameras(config: Mapping[str, Any], pre: Steps, where: Path) -> tuple[str, .
     rename = member({"rename_map": {}, **step}, "rename_map", dict, "rename_observations_processor")
     original = {renamed: name for name, renamed in rename.items()}
     return tuple(
-        original.get(name, name).removeprefix(_IMAGES).removeprefix("observation.") for name in names
+        original.get(name, name).removeprefix(_IMAGES).removeprefix("observation.")
+        for name in names
     )
 
 
@@ -133,8 +134,10 @@ def _action_dim(config: Mapping[str, Any], where: Path) -> int:
     return int(action["shape"][0])
 
 
-def _normalisation(root: Path, config: Mapping[str, Any], pre: Steps, post: Steps) -> dict[str, Any]:
-    """Modes, epsilon and statistics; a feature without saved statistics has None and passes unchanged."""
+def _normalisation(
+    root: Path, config: Mapping[str, Any], pre: Steps, post: Steps
+) -> dict[str, Any]:
+    """Modes, epsilon and statistics, which are None for a feature that has none saved."""
     fields: dict[str, Any] = {"norm_eps": 1e-8}  # LeRobot normalize_processor.py
     for name, key, kind, steps, step_name in (
         ("state", "observation.state", "STATE", pre, "normalizer_processor"),
@@ -156,7 +159,7 @@ def _normalisation(root: Path, config: Mapping[str, Any], pre: Steps, post: Step
 def _read_stats(
     root: Path, step: Mapping[str, Any], key: str, mode: NormMode
 ) -> FeatureStats | None:
-    """The statistics of feature `key` in the step's state file, which has a tensor `<feature>.<statistic>` for each."""
+    """The statistics of feature `key`: tensors `<feature>.<statistic>` of the step's state file."""
     if "state_file" not in step:
         return None
     file = SafetensorsFile(root / step["state_file"])
@@ -185,7 +188,7 @@ def _delta_mask(pre: Steps, post: Steps, action_dim: int, root: Path) -> tuple[b
     relative = pre.get("relative_actions_processor")
     if relative is None:
         raise CheckpointError(
-            f"{root}: absolute_actions_processor is enabled but there is no relative_actions_processor"
+            f"{root}: absolute_actions_processor is enabled without a relative_actions_processor"
         )
     names = relative.get("action_names") or []
     excluded = [str(joint).lower() for joint in relative.get("exclude_joints") or [] if joint]

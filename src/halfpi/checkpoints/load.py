@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -19,17 +20,19 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
-    **config_overrides: object,
+    **options: Any,
 ) -> Pi05:
     """The model of a checkpoint, which may be open already, ready for inference.
 
-    dtype: "float32" or "bfloat16", the working dtype of `Pi05.to_dtype`. config_overrides: as in
-    `open_checkpoint`. Memory peaks at the model and one more tensor; no parameter is ever initialised.
+    dtype: "float32" or "bfloat16", the working dtype of `Pi05.to_dtype`.
+    options: of `open_checkpoint`, when `checkpoint` is a path.
 
-    Raises CheckpointError as `open_checkpoint` and `Checkpoint.tensors` do, ValueError for another dtype or
-    for overrides of a checkpoint that is open already.
+    Memory peaks at the model and one more tensor; no parameter is ever initialised.
+
+    Raises CheckpointError as `open_checkpoint` and `Checkpoint.tensors` do; ValueError for another
+    dtype and for options of a checkpoint that is open already.
     """
-    opened = opened_checkpoint(checkpoint, config_overrides)
+    opened = opened_checkpoint(checkpoint, options)
     model = meta_model_in(opened.config, dtype)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     state = {
@@ -40,18 +43,18 @@ def load_model(
 
 
 def opened_checkpoint(
-    checkpoint: Checkpoint | str | os.PathLike[str], config_overrides: dict[str, object]
+    checkpoint: Checkpoint | str | os.PathLike[str], options: dict[str, Any]
 ) -> Checkpoint:
-    """`checkpoint`, opened if it is a path. Raises ValueError for overrides of an open one."""
+    """`checkpoint`, opened if it is a path. Raises ValueError for options of an open one."""
     if not isinstance(checkpoint, Checkpoint):
-        return open_checkpoint(checkpoint, **config_overrides)
-    if config_overrides:
-        raise ValueError(f"pass {', '.join(config_overrides)} to open_checkpoint")
+        return open_checkpoint(checkpoint, **options)
+    if options:
+        raise ValueError(f"pass {', '.join(options)} to open_checkpoint")
     return checkpoint
 
 
 def meta_model_in(config: Pi05Config, dtype: str) -> Pi05:
-    """A model without memory in the working dtype `dtype`. Raises ValueError for an unknown dtype."""
+    """A model without memory in working dtype `dtype`. Raises ValueError for an unknown one."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return meta_model(config).to_dtype(DTYPES[dtype])

@@ -1,7 +1,8 @@
-"""What lies beside openpi's weights: normalisation statistics, and what their asset id tells about the robot.
+"""What lies beside openpi's weights: statistics, and what their asset id tells about the robot.
 
-openpi keeps the robot, the horizon and the prompt's form in its code, by the name of a training config, and
-not in the checkpoint. The asset id under which the statistics are stored identifies the released configs.
+openpi keeps the robot, the horizon and the prompt's form in its code, by the name of a training
+config, and not in the checkpoint. The asset id under which the statistics are stored identifies the
+released configs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from halfpi.config import FeatureStats, RobotName
 
 @dataclass(frozen=True)
 class Assets:
-    """What the assets state: fields of `Pi05Config`, fields of `ProcessingConfig`, and what they leave open."""
+    """What the assets state of `Pi05Config` and of `ProcessingConfig`, and what they leave open."""
 
     stated: Mapping[str, int | float]
     processing: Mapping[str, Any]
@@ -29,7 +30,7 @@ class Assets:
 
 @dataclass(frozen=True)
 class _Robot:
-    """A released config of openpi training/config.py, with the dimensions of its openpi policies/*_policy.py."""
+    """A released config of openpi training/config.py, and the sizes in its policies/*_policy.py."""
 
     robot: RobotName
     horizon: int
@@ -53,8 +54,8 @@ _OPENPI_HORIZON = 50  # action_horizon of openpi pi0_config.py
 def read_assets(root: Path, asset_id: str | None) -> Assets:
     """The assets of the checkpoint at `root`; without norm_stats.json there are no statistics.
 
-    Raises CheckpointError when `asset_id` is not among the assets, when there are several and none was
-    chosen, and when norm_stats.json is not what openpi shared/normalize.py writes.
+    Raises CheckpointError when `asset_id` is not among the assets, when there are several and none
+    was chosen, and when norm_stats.json is not what openpi shared/normalize.py writes.
     """
     chosen = _choose(root / "assets", asset_id)
     stats = _read_stats(root / "assets" / chosen) if chosen is not None else {}
@@ -79,9 +80,9 @@ def read_assets(root: Path, asset_id: str | None) -> Assets:
         stats["robot_action_dim"] = length(stats["action_stats"])
         assumptions.append(
             Assumption(
-                f"asset id {chosen!r} is of no robot that halfpi knows; assuming openpi's defaults, "
-                "absolute actions and the state in the prompt; pass processing_overrides with "
-                "robot, delta_mask or state_in_prompt if it was trained otherwise",
+                f"asset id {chosen!r} is of no robot that halfpi knows; assuming absolute actions "
+                "and the state in the prompt; pass processing_overrides with robot, delta_mask or "
+                "state_in_prompt if it was trained otherwise",
                 frozenset({"robot", "delta_mask", "state_in_prompt"}),
             )
         )

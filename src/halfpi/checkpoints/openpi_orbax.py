@@ -1,12 +1,12 @@
 """openpi's JAX parameters as canonical tensors: names, layouts, and LoRA merged into the weights.
 
-Arrays of a stack of layers carry the layer on their first axis and are read layer by layer. Layouts are those
-of openpi siglip.py, gemma.py and lora.py.
+Arrays of a stack of layers carry the layer on their first axis and are read layer by layer. Layouts
+are those of openpi siglip.py, gemma.py and lora.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,18 @@ from halfpi.checkpoints.orbax import OrbaxTree, StoredArray
 _BLOCK = "PaliGemma/img/Transformer/encoderblock/"
 _ATTENTION = _BLOCK + "MultiHeadDotProductAttention_0/"
 _LAYERS = "PaliGemma/llm/layers/"
-# openpi's only LoRA variants, gemma_2b_lora and gemma_300m_lora, have alpha = rank (16 and 32), so A·B is
-# added unscaled. alpha is not stored, and only attention would be scaled by it: no other rank can be merged.
+# openpi's only LoRA variants, gemma_2b_lora and gemma_300m_lora, have alpha = rank (16 and 32), so
+# A·B is added unscaled. For another rank its scale, which differs between attention and MLP, is
+# unknown.
 _LORA_RANKS = (16, 32)
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Where a canonical tensor is: `ndim` axes of the array at `path` beyond the layer's, or one of its 2 `part`s."""
+    """Where a canonical tensor is: in the array at `path`, past the axes of layer and `part`.
+
+    ndim: its axes there. layout: to torch's layout. part: which of the two that the array holds.
+    """
 
     path: str
     ndim: int
@@ -131,12 +135,26 @@ _RULES = {
     **_pair("time_mlp_out", "time_mlp_out"),
 }
 
+# Where arrays have (heads, head_dim), by the field of Pi05Config that counts the heads.
+_HEAD_AXES: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "vision_heads": {
+        **{f"{_ATTENTION}{name}/kernel": (2, 3) for name in ("query", "key", "value")},
+        **{f"{_ATTENTION}{name}/bias": (1, 2) for name in ("query", "key", "value")},
+        f"{_ATTENTION}out/kernel": (1, 2),
+    },
+    "q_heads": {
+        **{f"{_LAYERS}attn/q_einsum{suffix}/w": (1, 3) for suffix in ("", "_1")},
+        **{f"{_LAYERS}attn/attn_vec_einsum{suffix}/w": (1, 2) for suffix in ("", "_1")},
+    },
+    "kv_heads": {f"{_LAYERS}attn/kv_einsum{suffix}/w": (2, 4) for suffix in ("", "_1")},
+}
+
 
 def read_openpi_orbax(root: Path, params: Path, asset_id: str | None) -> Contents:
     """The checkpoint at `root` whose orbax tree is at `params`.
 
-    Raises CheckpointError for an unreadable tree, an array with the wrong number of axes, a LoRA of a rank
-    that openpi has no variant of, and for what `read_assets` raises.
+    Raises CheckpointError for an unreadable tree, an array with the wrong number of axes, a LoRA of
+    a rank that openpi has no variant of, and as `read_assets` does.
     """
     tree = OrbaxTree(params)
     loras = dict(_find_loras(tree))
@@ -162,20 +180,26 @@ def read_openpi_orbax(root: Path, params: Path, asset_id: str | None) -> Content
 
 
 def _head_counts(tree: OrbaxTree) -> dict[str, int]:
-    """Head counts, which JAX keeps as axes of their own; shapes have been checked by `_tensors_of`."""
-    axes = {
-        "vision_heads": (_ATTENTION + "query/kernel", 2),
-        "kv_heads": (_LAYERS + "attn/kv_einsum/w", 2),
-    }
-    return {
-        name: tree.arrays[path].shape[axis]
-        for name, (path, axis) in axes.items()
-        if path in tree.arrays
-    }
+    """Head counts, which are axes of their own; `_tensors_of` has checked that these exist.
+
+    Raises CheckpointError when arrays split the same heads differently: flattened, it would not show.
+    """
+    counts = {}
+    for name, axes in _HEAD_AXES.items():
+        splits = {
+            path: tuple(tree.arrays[path].shape[axis] for axis in pair)
+            for path, pair in axes.items()
+            if path in tree.arrays
+        }
+        if len(set(splits.values())) > 1:
+            raise CheckpointError(f"{tree.directory}: {name} × head_dim differ: {splits}")
+        for heads, _ in splits.values():
+            counts[name] = heads
+    return counts
 
 
 def _find_loras(tree: OrbaxTree) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(path of a weight, paths of its factors A and B) of all weights with a LoRA; the shapes have been checked."""
+    """Path of each weight with a LoRA, and the paths of its factors A and B, of checked shapes."""
     for path, weight in tree.arrays.items():
         stem = path.removesuffix("w") if path.endswith("/w") else f"{path}_"
         factors = (f"{stem}lora_a", f"{stem}lora_b")
@@ -228,7 +252,7 @@ def _tensors_of(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one canonical tensor; `index` selects layer and part, in the weight as in its LoRA factors."""
+    """Reads one canonical tensor; `index` is its layer and part, in the weight and its LoRA."""
 
     tree: OrbaxTree
     rule: _Rule

@@ -1,4 +1,4 @@
-"""openpi's torch checkpoints: model.safetensors, the converter's config.json if there is one, and assets."""
+"""The torch checkpoints of openpi: model.safetensors, maybe the converter's config.json, assets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays of an orbax checkpoint (OCDBT and zarr), read with tensorstore: no JAX, flax or orbax needed."""
+"""Arrays of an orbax checkpoint (OCDBT and zarr), read with tensorstore and without JAX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of the tree. `slab_bytes`: of the rows that one chunk spans along the first axis, decoded."""
+    """An array of the tree; `slab_bytes` is the size of the layers that share a chunk, decoded."""
 
     key: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class StoredArray:
 
 
 class OrbaxTree:
-    """The arrays below `params` by their path, "/"-joined, without the `value` leaf that training appends.
+    """The arrays below `params` by "/"-joined path, without the `value` leaf that training appends.
 
     Raises CheckpointError for a directory that is no readable OCDBT checkpoint.
     """
@@ -55,7 +55,7 @@ class OrbaxTree:
         self._may_have_holes = not metadata.get("store_array_data_equal_to_fill_value", False)
         self._group = ""
         self._stores: dict[str, Any] = {}
-        keys = _leaf_keys(member(metadata, "tree_metadata", dict, directory / "_METADATA"), directory)
+        keys = _leaf_keys(directory, metadata)
         futures = {path: tensorstore.open(self._spec(key)) for path, key in keys.items()}
         self.arrays: Mapping[str, StoredArray] = {
             path: self._describe(keys[path], future) for path, future in futures.items()
@@ -64,8 +64,8 @@ class OrbaxTree:
     def read(self, path: str, index: tuple[int, ...], group: str) -> Tensor:
         """The array at `path`, or the part of it at `index` of its first axes.
 
-        A chunk may span many layers, so the chunks decoded last stay in memory until another `group` of
-        arrays is read: finish one group before the next.
+        A chunk may span many layers, so the chunks decoded last stay in memory until another
+        `group` of arrays is read: finish one group before the next.
         """
         if group != self._group:
             self._group, self._stores = group, {}
@@ -106,10 +106,10 @@ class OrbaxTree:
             raise CheckpointError(f"{self.directory}: {key} cannot be read: {error}") from error
 
 
-def _leaf_keys(tree: Mapping[str, Any], directory: Path) -> dict[str, str]:
+def _leaf_keys(directory: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     """Path of each leaf → its key in the store."""
     keys: dict[str, str] = {}
-    for leaf in tree.values():
+    for leaf in member(metadata, "tree_metadata", dict, directory / "_METADATA").values():
         match leaf:
             case {"key_metadata": [*parts]} if all(
                 isinstance(part, dict) and isinstance(part.get("key"), str) for part in parts
@@ -125,6 +125,6 @@ def _leaf_keys(tree: Mapping[str, Any], directory: Path) -> dict[str, str]:
 
 
 def _to_torch(array: NDArray[Any]) -> Tensor:
-    if array.dtype.name == "bfloat16":  # numpy knows it only as ml_dtypes' extension, torch not at all
+    if array.dtype.name == "bfloat16":  # an extension of numpy's, by ml_dtypes, that torch rejects
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

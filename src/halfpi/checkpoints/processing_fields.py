@@ -31,8 +31,8 @@ def build_processing(
 ) -> ProcessingConfig:
     """The processing that fits `config`; `overrides` win over what the checkpoint has `stated`.
 
-    Raises CheckpointError for an override that is no field of ProcessingConfig, for a value that a field
-    cannot have, and for statistics that do not fit the model or the robot.
+    Raises CheckpointError for an override that is no field of ProcessingConfig, for a value that a
+    field cannot have, and for statistics that do not fit the normalisation or the robot.
     """
     names = [field.name for field in dataclasses.fields(ProcessingConfig)]
     unknown = sorted(set(overrides) - set(names))
@@ -58,7 +58,9 @@ def build_processing(
 
 def _check_values(processing: ProcessingConfig, config: Pi05Config) -> None:
     for name, choices in _CHOICES.items():
-        _require(name, processing, getattr(processing, name) in get_args(choices), get_args(choices))
+        _require(
+            name, processing, getattr(processing, name) in get_args(choices), get_args(choices)
+        )
     for name in ("image_size", "max_prompt_tokens"):
         value = getattr(config, name)
         _require(name, processing, getattr(processing, name) == value, f"{value}, as in the model")
@@ -97,10 +99,10 @@ def _check_statistics(processing: ProcessingConfig) -> None:
         stats = getattr(processing, f"{name}_stats")
         if stats is not None:
             check_stats(stats, f"{name}_stats", getattr(processing, f"{name}_norm"))
-    action = processing.action_stats and length(processing.action_stats)
-    if action is not None and action < processing.robot_action_dim:
+    actions = None if processing.action_stats is None else length(processing.action_stats)
+    if actions is not None and actions < processing.robot_action_dim:
         raise CheckpointError(
-            f"action_stats have length {action}, the robot has {processing.robot_action_dim} actions"
+            f"action_stats have length {actions}, robot_action_dim is {processing.robot_action_dim}"
         )
 
 

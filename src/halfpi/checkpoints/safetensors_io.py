@@ -1,9 +1,9 @@
 """Safetensors files one tensor at a time, in both directions.
 
-A file is a little-endian u64 header length, a JSON header and the tensors' bytes. The safetensors library maps
-a file into memory, where pages once touched count as resident, and writes only what is all in memory; plain
-reads and writes at offsets keep the peak at one tensor however large the file. Headers are checked completely
-before any tensor is read.
+A file is a little-endian u64 header length, a JSON header and the tensors' bytes. The safetensors
+library maps a file into memory, where pages once touched count as resident, and writes only what is
+all in memory; plain reads and writes at offsets keep the peak at one tensor however large the file.
+Headers are checked completely before any tensor is read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class TensorEntry:
 class SafetensorsFile:
     """A safetensors file whose header has been checked; tensors are read on demand.
 
-    Raises CheckpointError for a file that is truncated, padded, overlapping or otherwise not safetensors.
+    Raises CheckpointError for a file that is truncated, padded, overlapping or otherwise not
+    safetensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,8 +88,8 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """Writes a safetensors file whose tensors arrive one by one, in any order.
 
-    tensors: name → (dtype, shape) of all that will be written. Leaving the `with` block without an error
-    before each was written raises ValueError.
+    tensors: name → (dtype, shape) of all that will be written. Leaving the `with` block without an
+    error before each was written raises ValueError.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class SafetensorsWriter:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _lay_out(
@@ -158,7 +159,9 @@ def _lay_out(
 def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header, and the offset of the first tensor."""
     if size < 8:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, a safetensors file has at least 8")
+        raise CheckpointError(
+            f"{path} is truncated: it has {size} bytes, not even a header's length"
+        )
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER_BYTES or 8 + length > size:
         raise CheckpointError(

@@ -1,7 +1,8 @@
 """The architecture of a checkpoint, read from its tensors' shapes.
 
-Variant names in a checkpoint's config may lie; shapes cannot. What shapes do not tell (horizon, head counts,
-…) comes from the files' metadata or from the caller, and whoever contradicts a shape is told so.
+Variant names in a checkpoint's config may lie; shapes cannot. What shapes do not tell (horizon,
+head counts, …) comes from the files' metadata or from the caller; who contradicts a shape is told
+so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from halfpi.config import Pi05Config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Where each size can be read: (tensor, axis). Three witnesses, so that one misshapen tensor is outvoted.
+# Where each size can be read: (tensor, axis). With three, one misshapen tensor is outvoted.
 _WITNESSES: Mapping[str, tuple[tuple[str, int], ...]] = {
     "patch_size": (("vision.patch_embed.weight", 2), ("vision.patch_embed.weight", 3)),
     "vision_width": (
@@ -75,8 +76,8 @@ def derive_config(
 ) -> Pi05Config:
     """The `Pi05Config` of tensors of `shapes`; `overrides` win over what the files have `stated`.
 
-    Raises CheckpointError for an override that is no field of Pi05Config or has the wrong type, for a value
-    that contradicts a shape, and when the SigLIP head count is nowhere to be found.
+    Raises CheckpointError for a name that is no field of Pi05Config or a value of the wrong type,
+    for a value that contradicts a shape, and when the SigLIP head count is nowhere to be found.
     """
     given = _checked({**stated, **overrides})
     sizes = _read_sizes(shapes, int(given.get("kv_heads", 1)))
@@ -104,7 +105,7 @@ def _checked(given: Mapping[str, object]) -> dict[str, int | float]:
             raise CheckpointError(f"Pi05Config has no field {name}; it has {', '.join(kinds)}")
         accepted = (int, float) if kinds[name] is float else int
         if not isinstance(value, accepted) or isinstance(value, bool):
-            raise CheckpointError(f"{name} must be a {kinds[name].__name__}, got {value!r}")
+            raise CheckpointError(f"{name} must be of type {kinds[name].__name__}, got {value!r}")
         checked[name] = value
     return checked
 
@@ -124,7 +125,7 @@ def _read_sizes(shapes: Shapes, kv_heads: int) -> dict[str, _Size]:
 
 
 def _vote(shapes: Shapes, witnesses: tuple[tuple[str, int], ...]) -> _Size | None:
-    """The size that most of the `witnesses` that exist agree on; the first of them decides a draw."""
+    """The size that most of the existing `witnesses` agree on; the first decides a draw."""
     seen = {
         (name, axis): shapes[name][axis]
         for name, axis in witnesses
@@ -133,7 +134,7 @@ def _vote(shapes: Shapes, witnesses: tuple[tuple[str, int], ...]) -> _Size | Non
     if not seen:
         return None
     value = Counter(seen.values()).most_common(1)[0][0]
-    name, axis = next(witness for witness, size in seen.items() if size == value)
+    name = next(name for (name, _), size in seen.items() if size == value)
     return _Size(value, f"{name} of shape {shapes[name]}, which gives {value}")
 
 

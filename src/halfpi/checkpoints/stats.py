@@ -20,7 +20,7 @@ _NEEDED: Mapping[NormMode, tuple[str, ...]] = {
 
 
 def feature_stats(values: Mapping[str, Any], where: str, mode: NormMode) -> FeatureStats:
-    """The statistics in `values` (name → numbers); names that `FeatureStats` does not have are ignored.
+    """The statistics in `values`, name → numbers; names unknown to FeatureStats are ignored.
 
     Raises CheckpointError, beginning with `where`, as `check_stats` does.
     """
@@ -37,7 +37,7 @@ def feature_stats(values: Mapping[str, Any], where: str, mode: NormMode) -> Feat
 
 
 def check_stats(stats: FeatureStats, where: str, mode: NormMode) -> None:
-    """Raise CheckpointError for what `mode` needs and is absent, for unequal lengths, and for NaN or infinity."""
+    """Raise CheckpointError for unequal lengths, NaN, infinity, or lack of what `mode` needs."""
     present = {name: value for name, value in vars(stats).items() if value is not None}
     missing = [name for name in _NEEDED[mode] if name not in present]
     if missing:

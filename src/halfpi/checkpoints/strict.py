@@ -13,11 +13,13 @@ from halfpi.config import Pi05Config
 from halfpi.model import Pi05
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Never used at inference: LM heads, the prefix's final norm, what π0 had and a π0.5 trained from it kept.
+# Never used at inference: LM heads, the prefix's final norm, what π0.5 kept of a π0 it was trained
+# from, and all of the prefix's last layer but its keys and values.
 _UNUSED = re.compile(
     r"(prefix|expert)\.lm_head\.weight|prefix\.norm\.weight|state_proj\.(weight|bias)"
     r"|expert\.(layers\.\d+\.(attn|mlp)_norm|norm)\.weight"
 )
+_UNUSED_OF_LAST_LAYER = ("attn.q", "attn.o", "mlp_norm", "mlp.gate", "mlp.up", "mlp.down")
 
 
 def meta_model(config: Pi05Config) -> Pi05:
@@ -43,21 +45,22 @@ def reject_pi0(contents: Contents) -> None:
 def select_tensors(
     contents: Contents, config: Pi05Config
 ) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors of `contents` that a `Pi05(config)` needs, in stored order, and the names of unused ones.
+    """The tensors that a `Pi05(config)` needs, in stored order, and the names of unused ones.
 
-    Raises CheckpointError that names every (of many: the first few) missing, unexpected and misshapen tensor
-    and every one that is not fp32, fp16 or bf16.
+    Raises CheckpointError that names every missing, unexpected and misshapen tensor and every one
+    that is not fp32, fp16 or bf16; of many, the first few.
     """
     expected = {
         name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()
     }
-    last = re.compile(rf"prefix\.layers\.{config.depth - 1}\.(attn\.[qo]|mlp_norm|mlp\.\w+)\.weight")
+    last = f"prefix.layers.{config.depth - 1}"
+    unused_of_last = {f"{last}.{module}.weight" for module in _UNUSED_OF_LAST_LAYER}
     needed: dict[str, StoredTensor] = {}
     unused, unexpected = [], list(contents.unknown)
     for name, tensor in contents.tensors.items():
         if name in expected:
             needed[name] = tensor
-        elif _UNUSED.fullmatch(name) or last.fullmatch(name):
+        elif name in unused_of_last or _UNUSED.fullmatch(name):
             unused.append(tensor.stored_as)
         else:
             unexpected.append(tensor.stored_as)

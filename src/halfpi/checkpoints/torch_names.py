@@ -1,7 +1,7 @@
 """Tensor names of openpi's torch checkpoints and of LeRobot's, which add `model.` in front.
 
-The names are those of the transformers modules that both build on. transformers before 4.52 had no `model.`
-after `paligemma.` and one after `language_model.`; both layouts are read.
+The names are those of the transformers modules that both build on. Before 4.52 these had no
+`model.` after `paligemma.` but one after `language_model.`; both layouts are read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _LEAF = re.compile(r"((?:layers\.\d+\.)?)(.+)(\.(?:weight|bias))")
 
 
 def canonical_name(stored: str) -> str | None:
-    """halfpi's name of a tensor of an openpi or LeRobot checkpoint, or None if there is none."""
+    """The canonical name of a tensor of openpi or LeRobot, or None if there is none."""
     name = stored.removeprefix("model.")
     for tree, prefix, modules in _TREES:
         head = re.match(tree, name)
@@ -78,7 +78,7 @@ def canonical_name(stored: str) -> str | None:
 
 
 def torch_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """`stored_tensors` of an openpi or LeRobot file; the tied token table may be stored as the LM head."""
+    """`stored_tensors` of such a file, where the tied token table may be stored as the LM head."""
     tensors, unknown = stored_tensors(path, canonical_name)
     if "prefix.embed.weight" not in tensors and "prefix.lm_head.weight" in tensors:
         tensors["prefix.embed.weight"] = tensors.pop("prefix.lm_head.weight")
