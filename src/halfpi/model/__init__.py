@@ -1,0 +1,6 @@
+"""π0.5 in plain torch, at any size: the numerical truth that every faster path is measured against."""
+
+from halfpi.model.gemma import PrefixCache
+from halfpi.model.pi05 import Pi05
+
+__all__ = ["Pi05", "PrefixCache"]

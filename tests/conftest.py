@@ -1,0 +1,58 @@
+"""What tests of several layers share: small models whose every weight does something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from halfpi.config import Pi05Config
+from halfpi.model import Pi05
+
+# Two cameras of four tokens, more than one key head, and no two widths equal.
+TINY = Pi05Config(
+    image_size=28,
+    vision_width=48,
+    vision_mlp=80,
+    vision_depth=2,
+    vision_heads=4,
+    vocab_size=96,
+    prefix_width=64,
+    prefix_mlp=112,
+    expert_width=32,
+    expert_mlp=56,
+    depth=3,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=10,
+    action_dim=6,
+    horizon=7,
+    max_prompt_tokens=12,
+)
+
+
+@pytest.fixture
+def tiny_config() -> Pi05Config:
+    """An architecture small enough for thousands of calls."""
+    return TINY
+
+
+@pytest.fixture
+def random_pi05() -> Callable[..., Pi05]:
+    """Build a Pi05 of a config with every weight random.
+
+    A new model's modulations are zero, so its expert ignores the prefix and most tests would pass on it.
+    """
+
+    def build(config: Pi05Config = TINY, seed: int = 0) -> Pi05:
+        generator = torch.Generator().manual_seed(seed)
+        model = Pi05(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * fan_in**-0.5)
+        return model
+
+    return build
