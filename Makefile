@@ -27,7 +27,8 @@ layers: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 docs: $(READY)
-	$(BIN)/pdoc --docformat google --output-directory build/docs halfpi
+	$(BIN)/pdoc --docformat google --output-directory build/docs \
+		halfpi src/halfpi/[a-z]*.py $(dir $(wildcard src/halfpi/*/__init__.py))
 
 hooks: $(READY)
 	$(BIN)/pre-commit install
