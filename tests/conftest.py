@@ -42,7 +42,7 @@ def tiny_config() -> Pi05Config:
 def random_pi05() -> Callable[..., Pi05]:
     """Build a Pi05 of a config with every weight random.
 
-    A new model's modulations are zero, so its expert ignores the prefix and most tests would pass on it.
+    A new model's modulations are zero: its expert ignores the prefix, and most tests would pass.
     """
 
     def build(config: Pi05Config = TINY, seed: int = 0) -> Pi05:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def model(golden: dict[str, Tensor]) -> Pi05:
 
 
 @pytest.fixture(scope="module")
-def inputs(golden: dict[str, Tensor]) -> dict[str, Tensor]:
+def inputs(golden: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "images": torch.stack([golden[f"in.image{i}"] for i in range(3)], 1),
         "image_mask": torch.stack([golden[f"in.image_mask{i}"] for i in range(3)], 1),
@@ -93,14 +94,14 @@ def inputs(golden: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_fp32_matches_lerobot(
-    model: Pi05, inputs: dict[str, Tensor], golden: dict[str, Tensor]
+    model: Pi05, inputs: dict[str, Any], golden: dict[str, Tensor]
 ) -> None:
     actions = model.sample_actions(**inputs)
     torch.testing.assert_close(actions, golden["out.actions"], atol=1e-5, rtol=0)
 
 
 def test_bf16_is_close_to_lerobot_fp32(
-    model: Pi05, inputs: dict[str, Tensor], golden: dict[str, Tensor]
+    model: Pi05, inputs: dict[str, Any], golden: dict[str, Tensor]
 ) -> None:
     actions = model.to_dtype(torch.bfloat16).sample_actions(**inputs)
     assert actions.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""π0.5 in plain torch, at any size: the numerical truth that every faster path is measured against."""
+"""π0.5 in plain torch, at any size: the numerical truth for every faster path."""
 
 from halfpi.model.gemma import PrefixCache
 from halfpi.model.pi05 import Pi05

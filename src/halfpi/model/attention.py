@@ -1,8 +1,8 @@
 """Softmax attention and rotary positions, shared by SigLIP, the prefix and the action expert.
 
-In π0.5 a token is either readable by everybody or by nobody: the prefix is bidirectional among its valid
-tokens, actions read the valid prefix and all actions. A mask over keys is therefore enough. Rows of padded
-queries still attend to valid keys, so they stay finite, and nobody reads them.
+In π0.5 a token is either readable by everybody or by nobody: the prefix is bidirectional among its
+valid tokens, actions read the valid prefix and all actions. A mask over keys is therefore enough.
+Rows of padded queries still attend to valid keys, so they stay finite, and nobody reads them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The most negative logit of openpi gemma.py: finite in fp32 and bf16, so that no row can become NaN.
+# The masked logit of openpi gemma.py: finite, so that a row without valid keys is not NaN either.
 MASKED_LOGIT = -2.3819763e38
 ROPE_BASE = 10_000.0
 
@@ -34,14 +34,17 @@ def rotation(positions: Tensor, head_dim: int) -> Rotation:
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Rotate the halves (x1, x2) of each head of `x` (b, t, q, k) in fp32: (x1·cos − x2·sin, x2·cos + x1·sin)."""
+    """Rotate each head of `x` (b, t, q, k) in fp32; the output has the dtype of `x`.
+
+    The halves (x1, x2) of a head become (x1·cos − x2·sin, x2·cos + x1·sin).
+    """
     wide = x.float()
     swapped = wide.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(wide * by.cos, swapped, by.sin).to(x.dtype)
 
 
 def key_bias(mask: Tensor) -> Tensor:
-    """What to add to the logits so that only keys valid in `mask` (b, s) are read: fp32 (b, 1, 1, s)."""
+    """What to add to logits to hide keys invalid in `mask` bool (b, s): fp32 (b, 1, 1, s)."""
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_fill(~mask, MASKED_LOGIT)[:, None, None]
 
@@ -49,11 +52,13 @@ def key_bias(mask: Tensor) -> Tensor:
 def attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], bias: Tensor | None = None
 ) -> Tensor:
-    """Attend from `query` (b, t, q, k) to the segments `keys`, `values`, each (b, kv, s_i, k) → (b, t, q·k).
+    """Attend from `query` (b, t, q, k) to segments of keys and values → (b, t, q·k).
 
-    `bias` is `key_bias` over all segments. Products are in the working dtype, softmax in fp32. Segments are
-    joined as logits, so keys and values that many calls share are never copied. Query heads of a group
-    become rows of one matrix product with their common key head.
+    keys, values: one tensor (b, kv, s_i, k) a segment. Segments are joined as logits, so a prefix
+    that many calls share is never copied. bias: `key_bias` over all segments.
+
+    Products are in the working dtype, softmax in fp32. The query heads of a group become rows of
+    one matrix product with their common key head.
     """
     b, t, q, k = query.shape
     kv = keys[0].shape[1]
@@ -63,7 +68,7 @@ def attention(
     scale = k**-0.5
     scaled = logits.float() * scale if bias is None else torch.add(bias, logits, alpha=scale)
     weights = torch.softmax(scaled, -1).to(query.dtype)
-    parts = weights.split([key.shape[2] for key in keys], -1)
+    parts = torch.split(weights, [value.shape[2] for value in values], -1)
     mixed = parts[0] @ values[0]
     for part, value in zip(parts[1:], values[1:], strict=True):
         mixed = mixed + part @ value

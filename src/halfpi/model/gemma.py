@@ -1,4 +1,4 @@
-"""The two Gemma stacks of π0.5 (openpi gemma.py): the prefix, and the action expert that reads its keys and values."""
+"""The two Gemma stacks of π0.5 (openpi gemma.py): the prefix and the expert that reads it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """What the expert needs of a prefix: per layer keys and values (b, kv, s, k), and which tokens are valid.
+    """What the expert needs of a prefix.
 
-    keys are already rotated to their positions. mask: bool (b, s), True where a token is valid.
+    keys, values: (b, kv, s, k) in the working dtype, one a layer; keys are already rotated.
+    mask: bool (b, s), True where a token is valid.
     """
 
     keys: tuple[Tensor, ...]
@@ -56,8 +57,8 @@ class RMSNorm(nn.Module):
 class AdaRMSNorm(nn.Module):
     """RMSNorm whose scale, shift and residual gate come from the flow time.
 
-    `dense` maps the time condition to a modulation, in fp32. It starts at zero, so a new block is the
-    identity. Modulations are an input of `forward` because a fixed schedule needs each only once.
+    `dense` maps the time condition to a modulation, in fp32. It starts at zero, so a new block is
+    the identity. `forward` takes modulations because a fixed schedule needs each only once.
     """
 
     def __init__(self, width: int) -> None:
@@ -65,7 +66,10 @@ class AdaRMSNorm(nn.Module):
         self.dense = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise `x` (b, h, d) by `modulation` fp32 (b or 1, h or 1, 3d) → (normed, gate), both in x's dtype."""
+        """Normalise `x` (b, h, d) → (normed, gate), both in its dtype.
+
+        modulation: fp32 (b or 1, h or 1, 3d), in the order scale, shift, gate.
+        """
         scale, shift, gate = modulation.chunk(3, -1)
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
         return torch.addcmul(shift, normed, 1 + scale).to(x.dtype), gate.to(x.dtype)
@@ -156,7 +160,10 @@ class PrefixBlock(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Image tokens and prompt to a `PrefixCache`. There is no final norm: only keys and values are used."""
+    """Image tokens and prompt to a `PrefixCache`.
+
+    Only keys and values are used: there is no final norm, and the last layer computes nothing else.
+    """
 
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
@@ -166,9 +173,10 @@ class Prefix(nn.Module):
         self.layers.append(KeyValueBlock(config))
 
     def forward(self, image_tokens: Tensor, tokens: Tensor, mask: Tensor) -> PrefixCache:
-        """Run `image_tokens` (b, n·t, d), `tokens` int64 (b, l) and the `mask` bool (b, s) of both, s = n·t + l.
+        """Run `image_tokens` (b, n·t, d) followed by the prompt's `tokens` int64 (b, l).
 
-        Only prompt embeddings are scaled by √d. Invalid tokens do not advance positions.
+        mask: bool (b, s), s = n·t + l; invalid tokens are not read and do not advance positions.
+        Only prompt embeddings are scaled by √d.
         """
         text = self.embed(tokens) * math.sqrt(self.embed.embedding_dim)
         x = torch.cat([image_tokens, text], 1)
@@ -184,7 +192,7 @@ class Prefix(nn.Module):
 
 
 class ExpertBlock(nn.Module):
-    """Attention over the prefix and all actions, and a gated MLP, both modulated by the flow time."""
+    """Attention over the prefix and all actions, then a gated MLP, both modulated by the time."""
 
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
@@ -201,7 +209,11 @@ class ExpertBlock(nn.Module):
         prefix: tuple[Tensor, Tensor],
         bias: Tensor,
     ) -> Tensor:
-        """One layer over `x` (b, h, d); `modulations` of the two norms, `prefix` keys and values of this layer."""
+        """One layer over `x` (b, h, d).
+
+        modulations: of the two norms. prefix: this layer's keys and values. positions, bias: as in
+        `ExpertView`.
+        """
         normed, gate = self.attn_norm(x, modulations[0])
         key, value = self.attn.key_value(normed, positions)
         keys, values = (prefix[0], key), (prefix[1], value)
@@ -212,9 +224,9 @@ class ExpertBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ExpertView:
-    """What the expert sees of a prefix at every step: the cache, and where the actions stand after it.
+    """What the expert sees of a prefix at every step: its cache, and where actions stand after it.
 
-    positions: rotary factors of the h actions. bias: fp32 (b, 1, 1, s + h), hides invalid prefix tokens.
+    positions: rotary factors of the h actions. bias: fp32 (b, 1, 1, s + h), hides invalid tokens.
     """
 
     cache: PrefixCache
@@ -238,9 +250,9 @@ class Expert(nn.Module):
         return ExpertView(cache, positions, F.pad(key_bias(cache.mask), (0, horizon)))
 
     def modulations(self, condition: Tensor) -> list[Tensor]:
-        """The modulations fp32 (..., 3d) of all 2·depth + 1 norms, from the time condition (..., d)."""
-        blocks = (norm for layer in self.layers for norm in (layer.attn_norm, layer.mlp_norm))
-        return [norm.dense(condition) for norm in (*blocks, self.norm)]
+        """All 2·depth + 1 modulations fp32 (..., 3d), in order of use, at `condition` (..., d)."""
+        norms = (module for module in self.modules() if isinstance(module, AdaRMSNorm))
+        return [norm.dense(condition) for norm in norms]
 
     def forward(self, x: Tensor, modulations: Sequence[Tensor], view: ExpertView) -> Tensor:
         """Hidden states (b, h, d) of `x` (b, h, d), in its dtype, under `modulations`."""

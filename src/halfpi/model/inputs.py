@@ -1,85 +1,84 @@
-"""Checks of what a caller hands to `Pi05.sample_actions`: one clear ValueError for each thing that can be wrong."""
+"""Checks of what a caller hands to `Pi05.sample_actions`: one clear ValueError per mistake."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
 
-
-@dataclass(frozen=True)
-class SampleInputs:
-    """The tensors of one call; fields as in `Pi05.sample_actions`."""
-
-    images: Tensor
-    image_mask: Tensor
-    tokens: Tensor
-    token_mask: Tensor
-    noise: Tensor
-    given: Tensor | None
+Dim = int | str
 
 
-def check_inputs(inputs: SampleInputs, config: Pi05Config, device: torch.device) -> None:
-    """Check the shapes, dtypes, devices and values of `inputs`.
+def check_inputs(
+    inputs: Mapping[str, Tensor], config: Pi05Config, device: torch.device, num_steps: int
+) -> None:
+    """Check the arguments of `Pi05.sample_actions`; `inputs` holds its tensors by name.
 
     Raises ValueError naming the argument, what was expected and what came.
     """
-    b, n = (*inputs.images.shape, 0, 0)[:2]
-    l = (*inputs.tokens.shape, 0, 0)[1]
-    size, chunk = config.image_size, (b, config.horizon, config.action_dim)
-    _check("images", inputs.images, (b, n, 3, size, size), torch.float32, device)
-    _check("image_mask", inputs.image_mask, (b, n), torch.bool, device)
-    _check("tokens", inputs.tokens, (b, l), torch.int64, device)
-    _check("token_mask", inputs.token_mask, (b, l), torch.bool, device)
-    _check("noise", inputs.noise, chunk, torch.float32, device)
-    if inputs.given is not None:
-        d = (*inputs.given.shape, 0, 0)[1]
-        _check(
-            "given",
-            inputs.given,
-            (b, min(d, config.horizon), config.action_dim),
-            torch.float32,
-            device,
-        )
-    _check_tokens(inputs.tokens, config.vocab_size)
-    _check_prefix(inputs.image_mask, inputs.token_mask)
-
-
-def check_num_steps(num_steps: int) -> None:
-    """Raise ValueError unless `num_steps` is a positive int."""
+    sizes: dict[str, int] = {}
+    for name, (shape, dtype) in _layouts(config).items():
+        if name in inputs:
+            _check_layout(name, inputs[name], dtype, device)
+            _check_shape(name, inputs[name], shape, sizes)
+    if sizes.get("d", 0) > config.horizon:
+        raise ValueError(f"given must have at most {config.horizon} actions, got {sizes['d']}")
+    _check_values(inputs, config.vocab_size)
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be an int of at least 1, got {num_steps!r}")
 
 
-def _check(
-    name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+def _layouts(config: Pi05Config) -> dict[str, tuple[tuple[Dim, ...], torch.dtype]]:
+    """Shape and dtype of each tensor; a letter stands for the same size wherever it appears."""
+    size, action = config.image_size, config.action_dim
+    return {
+        "images": (("b", "n", 3, size, size), torch.float32),
+        "image_mask": (("b", "n"), torch.bool),
+        "tokens": (("b", "l"), torch.int64),
+        "token_mask": (("b", "l"), torch.bool),
+        "noise": (("b", config.horizon, action), torch.float32),
+        "given": (("b", "d", action), torch.float32),
+    }
+
+
+def _check_layout(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {value.dtype}")
     if value.device != device:
-        raise ValueError(f"{name} must be on {device}, where the model is, got {value.device}")
-    if dtype.is_floating_point:
+        raise ValueError(f"{name} must be on the model's device {device}, got {value.device}")
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[Dim, ...], sizes: dict[str, int]) -> None:
+    """Compare with `shape`; a letter that is not yet in `sizes` takes the size that came."""
+    expected = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in shape)
+    same = len(expected) == value.ndim and all(
+        isinstance(dim, str) or dim == came for dim, came in zip(expected, value.shape, strict=True)
+    )
+    if not same:
+        text = ", ".join(map(str, expected))
+        raise ValueError(f"{name} must have shape ({text}), got {tuple(value.shape)}")
+    sizes.update(
+        (dim, came) for dim, came in zip(shape, value.shape, strict=True) if isinstance(dim, str)
+    )
+
+
+def _check_values(inputs: Mapping[str, Tensor], vocab_size: int) -> None:
+    for name, value in inputs.items():
         bad = value.numel() - int(value.isfinite().sum())
         if bad:
             raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
-
-
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    tokens = inputs["tokens"]
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if outside.numel():
         raise ValueError(f"tokens must be in [0, {vocab_size}), got {int(outside[0])}")
-
-
-def _check_prefix(image_mask: Tensor, token_mask: Tensor) -> None:
-    empty = ~(image_mask.any(1) | token_mask.any(1))
+    empty = ~(inputs["image_mask"].any(1) | inputs["token_mask"].any(1))
     if bool(empty.any()):
-        row = int(empty.nonzero()[0])
         raise ValueError(
-            "image_mask and token_mask must leave each row a valid camera or token, "
-            f"got none in row {row}"
+            "image_mask and token_mask must leave every row a valid token, "
+            f"got none in row {int(empty.nonzero()[0])}"
         )

@@ -1,8 +1,8 @@
 """π0.5: three stages from observation to actions (openpi pi0.py with pi05=True).
 
-vision: cameras to image tokens. prefill: image tokens and prompt to keys and values. denoise: noise to
-actions by integrating the expert's velocity from t = 1 (noise) to t = 0 (data). A stage is pure, checks
-nothing and lets gradients through; `sample_actions` checks its inputs and runs the three.
+vision: cameras to image tokens. prefill: image tokens and prompt to keys and values. denoise: noise
+to actions by integrating the expert's velocity from t = 1 (noise) to t = 0 (data). A stage is pure,
+checks nothing and lets gradients through; `sample_actions` checks its inputs and runs the three.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from halfpi.model.gemma import (
     Prefix,
     PrefixCache,
 )
-from halfpi.model.inputs import SampleInputs, check_inputs, check_num_steps
+from halfpi.model.inputs import check_inputs
 from halfpi.model.siglip import Mlp, SelfAttention, Siglip
 
 
 class Pi05(nn.Module):
     """The policy as a torch module; stages are `vision`, `prefill` and `denoise`.
 
-    Images, actions, noise and velocities are fp32 whatever the working dtype (`to_dtype`). A new model is
-    ready to train. To fill it from a checkpoint build it under `torch.device("meta")`, which skips the
-    initialisation. Submodules are named as in halfpi's checkpoints: `vision` is the stage and the module,
-    images (b, n, 3, image_size, image_size) in [-1, 1] → image tokens (b, n·t, d).
+    `vision` is a submodule: call it with images (b, n, 3, image_size, image_size) in [-1, 1] for
+    image tokens (b, n·t, d). Images, actions, noise and velocities are fp32 whatever the working
+    dtype (`to_dtype`). A new model is ready to train; to fill it from a checkpoint, build it under
+    `torch.device("meta")`, which skips the initialisation.
     """
 
     def __init__(self, config: Pi05Config) -> None:
@@ -51,12 +51,17 @@ class Pi05(nn.Module):
         self.time_mlp_out = nn.Linear(width, width)
         _initialise(self)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The working dtype; see `to_dtype`."""
+        return self.vision.projector.weight.dtype
+
     def prefill(
         self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor
     ) -> PrefixCache:
         """Keys and values of the prefix, cameras first, then the prompt.
 
-        image_tokens: (b, n·t, d) from `vision`. image_mask: bool (b, n), False where a camera is absent.
+        image_tokens: (b, n·t, d) from `vision`. image_mask: bool (b, n), False without a camera.
         tokens: int64 (b, l). token_mask: bool (b, l), False where the prompt is padded.
         """
         mask = torch.cat(
@@ -79,8 +84,9 @@ class Pi05(nn.Module):
     ) -> Tensor:
         """Integrate `noise` (b, h, a) into actions (b, h, a) by `num_steps` Euler steps.
 
-        given: (b, d, a), d ≤ h actions that are already decided, as in training-time real-time chunking
-        (LeRobot flow_matching.py): they stay as they are and are seen as data, at time 0, at every step.
+        given: (b, d, a), the first d ≤ h actions when they are already decided, as in
+        training-time real-time chunking (LeRobot flow_matching.py). They stay as they are, and
+        every step sees them as data, at time 0.
         """
         given = noise[:, :0] if given is None else given
         decided = given.shape[1]
@@ -102,7 +108,7 @@ class Pi05(nn.Module):
         num_steps: int = 10,
         given: Tensor | None = None,
     ) -> Tensor:
-        """Actions fp32 (b, h, a) for one batch of observations; all three stages, without gradients.
+        """Actions fp32 (b, h, a) for a batch of observations: all three stages, without gradients.
 
         images: fp32 (b, n, 3, image_size, image_size) in [-1, 1]. image_mask: bool (b, n).
         tokens: int64 (b, l). token_mask: bool (b, l). noise: fp32 (b, h, a), standard normal.
@@ -110,9 +116,16 @@ class Pi05(nn.Module):
 
         Raises ValueError naming the argument whose shape, dtype, device or values are wrong.
         """
-        inputs = SampleInputs(images, image_mask, tokens, token_mask, noise, given)
-        check_inputs(inputs, self.config, self.action_in.weight.device)
-        check_num_steps(num_steps)
+        inputs = {
+            "images": images,
+            "image_mask": image_mask,
+            "tokens": tokens,
+            "token_mask": token_mask,
+            "noise": noise,
+        }
+        if given is not None:
+            inputs["given"] = given
+        check_inputs(inputs, self.config, self.action_in.weight.device, num_steps)
         with torch.inference_mode():
             cache = self.prefill(self.vision(images), image_mask, tokens, token_mask)
             return self.denoise(cache, noise, num_steps, given)
@@ -120,8 +133,8 @@ class Pi05(nn.Module):
     def to_dtype(self, dtype: torch.dtype) -> Self:
         """Set the working dtype, torch.float32 or torch.bfloat16, in place.
 
-        It is the dtype of the attention and MLP matrices, the token table and the projector, and of the
-        activations between them. As in openpi's torch model, the rest stays fp32: norms and their
+        It is the dtype of attention and MLP matrices, token table and projector, and of what
+        flows between them. The rest is fp32, much as in openpi's torch model: norms and their
         modulations, patch and position embeddings, time MLP and action projections.
 
         Raises ValueError for another dtype.
@@ -148,12 +161,12 @@ class Pi05(nn.Module):
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
 
     def _velocity(self, view: ExpertView, actions: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        x = self.action_in(actions).to(self.vision.projector.weight.dtype)
+        x = self.action_in(actions).to(self.dtype)
         velocity: Tensor = self.action_out(self.expert(x, modulations, view).float())
         return velocity
 
     def _schedule(self, num_steps: int, noise: Tensor, decided: int) -> Iterator[list[Tensor]]:
-        """The modulations of each step, (1, 1, 3d), or (1, h, 3d) with time 0 for `decided` actions.
+        """The modulations of each step, (1, 1, 3d), or (1, h, 3d) if the first actions are decided.
 
         They depend on the schedule alone, so all steps share one product per norm.
         """
@@ -182,7 +195,7 @@ def time_embedding(time: Tensor, width: int, min_period: float, max_period: floa
 
 
 def _initialise(model: Pi05) -> None:
-    """Weights that keep the variance of activations; norms and modulations start as the identity."""
+    """Weights that keep the variance of activations; norms start plain and modulations at zero."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()

@@ -74,7 +74,7 @@ class VisionBlock(nn.Module):
 class Siglip(nn.Module):
     """Images to tokens of the prefix's width.
 
-    Patch and position embeddings are fp32; blocks and projector run in the dtype of the projector's weight.
+    Patch and position embeddings are fp32; blocks and projector run in the projector's dtype.
     """
 
     def __init__(self, config: Pi05Config) -> None:
@@ -89,9 +89,9 @@ class Siglip(nn.Module):
         self.projector = nn.Linear(config.vision_width, config.prefix_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode `images` (b, n, 3, image_size, image_size) fp32 in [-1, 1] → (b, n·t, prefix_width).
+        """Encode `images` fp32 (b, n, 3, image_size, image_size) in [-1, 1] → (b, n·t, d).
 
-        Cameras are independent of each other; t = tokens_per_image, row-major.
+        t = tokens_per_image patches in row-major order. Cameras do not see each other.
         """
         b, n = images.shape[:2]
         patches = self.patch_embed(images.flatten(0, 1)).flatten(2).mT
