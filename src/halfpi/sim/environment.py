@@ -41,7 +41,7 @@ class MetaWorldEnvironment:
         vars(self._env).pop("sawyer_observation_space", None)
         self._env.seeded_rand_vec = True
         self._env.max_path_length = np.iinfo(np.int64).max
-        self._expert = ENV_POLICY_MAP[task.environment]()
+        self._expert: Any = ENV_POLICY_MAP[task.environment]()  # type: ignore[abstract]
         self._renderer = SceneRenderer(self._env.model, image_size)
         self._full_state = np.zeros(0)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ class Frames:
         temporary.rename(path)
 
     @classmethod
+    def concatenate(cls, parts: Sequence[Frames]) -> Frames:
+        """The frames of all parts, in order."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    @classmethod
     def load(cls, path: Path) -> Frames:
         """Read what `save` wrote. Raises ValueError that names a file which is not such a recording."""
         names = [field.name for field in dataclasses.fields(cls)]
@@ -119,8 +125,8 @@ def record_episode(
         if step % config.stride == 0:
             rows.append(_frame(environment, config.horizon))
         environment.act(action)
-    arrays = [np.stack(column) for column in zip(*rows, strict=True)]
-    return Frames(*arrays, episodes=np.full(len(rows), seed, np.int64))
+    images, states, chunks, full_states = (np.stack(rows) for rows in zip(*rows, strict=True))
+    return Frames(images, states, chunks, full_states, np.full(len(states), seed, np.int64))
 
 
 def _solve(
@@ -199,8 +205,7 @@ def _record_shard(shard: _Shard) -> tuple[Path, int, int]:
     ]
     if not episodes:
         raise RuntimeError(f"the expert solved none of the seeds {seeds} of {shard.task.name}")
-    names = [field.name for field in dataclasses.fields(Frames)]
-    frames = Frames(*(np.concatenate([getattr(e, n) for e in episodes]) for n in names))
+    frames = Frames.concatenate(episodes)
     frames.save(shard.path)
     return shard.path, len(episodes), len(frames.states)
 

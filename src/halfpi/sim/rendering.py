@@ -19,7 +19,7 @@ WRIST_CAMERA = "gripperPOV"
 CAMERAS = ("scene", "wrist")
 
 
-class RenderingUnavailable(RuntimeError):
+class RenderingUnavailableError(RuntimeError):
     """No headless OpenGL could be had; the message says which system package brings it."""
 
     def __init__(self, reason: str) -> None:
@@ -32,7 +32,7 @@ class RenderingUnavailable(RuntimeError):
 def choose_gl() -> str:
     """Set MUJOCO_GL, if the user has not, to the first headless OpenGL installed: EGL, then OSMesa.
 
-    Must run before mujoco is imported. Raises RenderingUnavailable.
+    Must run before mujoco is imported. Raises RenderingUnavailableError.
     """
     # Several processes render side by side, so each rasterises on its own thread alone.
     os.environ.setdefault("LP_NUM_THREADS", "1")
@@ -42,7 +42,7 @@ def choose_gl() -> str:
                 os.environ["MUJOCO_GL"] = backend
                 break
         else:
-            raise RenderingUnavailable("neither libEGL nor libOSMesa was found")
+            raise RenderingUnavailableError("neither libEGL nor libOSMesa was found")
     return os.environ["MUJOCO_GL"]
 
 
@@ -59,7 +59,7 @@ class SceneRenderer:
         try:
             self._renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # each GL binding raises types of its own
-            raise RenderingUnavailable(str(error)) from error
+            raise RenderingUnavailableError(str(error)) from error
         self._scene_view = _free_camera()
 
     def render(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
@@ -69,7 +69,8 @@ class SceneRenderer:
         flags = self._renderer.scene.flags
         flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return self._renderer.render()
+        image: NDArray[np.uint8] = self._renderer.render()
+        return image
 
     def close(self) -> None:
         """Free the OpenGL context."""
