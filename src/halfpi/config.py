@@ -1,7 +1,8 @@
 """Configuration as frozen dataclasses, and the presets that go by name.
 
-`Pi05Config` is the architecture and says nothing about a robot; `ProcessingConfig` is everything between a
-robot's observation and the model's tensors. Both are stored beside the weights in halfpi's own format.
+`Pi05Config` is the architecture and says nothing about a robot; `ProcessingConfig` is everything
+between a robot's observation and the model's tensors. Both are stored beside the weights in
+halfpi's own format.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ RobotName = Literal["none", "libero", "droid", "aloha", "metaworld"]
 class Pi05Config:
     """The architecture of one π0.5. Defaults are the released size (3.35 B parameters).
 
-    The prefix and the expert share `depth`, `q_heads`, `kv_heads` and `head_dim`, because the expert
-    attends to the prefix's keys and values layer by layer.
+    The prefix and the expert share `depth`, `q_heads`, `kv_heads` and `head_dim`, because the
+    expert attends to the prefix's keys and values layer by layer.
     """
 
     image_size: int = 224
@@ -77,7 +78,7 @@ def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Statistics of one feature (state or action) in the training data; each a tuple of its length."""
+    """Statistics of one feature (state or action) in training; each a tuple of its length."""
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -93,11 +94,12 @@ class FeatureStats:
 class ProcessingConfig:
     """How an observation becomes tensors and a model output becomes robot actions.
 
-    `cameras` are the keys of `Observation.images` in the order in which the model sees them; names carry no
-    other meaning. `norm_rule` selects whose formulas are used (openpi adds an epsilon to every
-    denominator, LeRobot replaces a zero denominator by it); with no statistics a feature passes unchanged.
-    `prompt_state_dim` pads the state in the prompt with zeros to that length, as LeRobot 0.4 did.
-    `delta_mask` marks the action dimensions predicted relative to the current state.
+    `cameras` are the keys of `Observation.images` in the order in which the model sees them; names
+    carry no other meaning. `norm_rule` selects whose formulas are used (openpi adds an epsilon to
+    every denominator, LeRobot replaces a zero denominator by it); with no statistics a feature
+    passes unchanged. `prompt_state_dim` pads the state in the prompt with zeros to that length, as
+    LeRobot 0.4 did. `delta_mask` marks the action dimensions predicted relative to the current
+    state.
     """
 
     cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -165,11 +167,11 @@ PRESETS: Mapping[str, Pi05Config] = {
         vision_mlp=512,
         vision_depth=4,
         vision_heads=3,
-        vocab_size=1024,
+        vocab_size=832,
         prefix_width=192,
         prefix_mlp=512,
-        expert_width=192,
-        expert_mlp=512,
+        expert_width=128,
+        expert_mlp=384,
         depth=4,
         q_heads=4,
         head_dim=64,

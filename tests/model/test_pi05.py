@@ -206,7 +206,7 @@ def test_bf16_runs_close_and_keeps_norms_wide(model: Pi05, inputs: Inputs) -> No
         assert parameter.dtype == expected_dtype, name
     actions = model.sample_actions(**inputs)
     assert actions.dtype == torch.float32
-    torch.testing.assert_close(actions, expected, atol=5e-2, rtol=0)
+    assert (actions - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_to_dtype_returns_to_fp32(model: Pi05) -> None:
@@ -239,11 +239,12 @@ BAD: list[tuple[Callable[[Inputs], dict[str, Any]], str]] = [
     (_with("image_mask", lambda x: x[:, :2]), r"image_mask must have shape \(2, 3\), got \(2, 2\)"),
     (_with("image_mask", lambda x: x.float()), r"image_mask must be torch.bool, got torch.float32"),
     (_with("tokens", lambda x: x[:1]), r"tokens must have shape \(2, l\), got \(1, 8\)"),
-    (_with("tokens", lambda x: x.int()), r"tokens must be torch.int64, got torch.int32"),
+    (_with("tokens", lambda x: x.float()), r"tokens must be torch.int64, got torch.float32"),
     (_with("tokens", lambda x: x + 96), r"tokens must be in \[0, 96\), got"),
     (_with("tokens", lambda x: x - 96), r"tokens must be in \[0, 96\), got -"),
     (_with("token_mask", lambda x: x[:, 1:]), r"token_mask must have shape \(2, 8\), got \(2, 7\)"),
-    (_with("noise", lambda x: x[:, 1:]), r"noise must have shape \(2, 7, 6\), got \(2, 6, 6\)"),
+    (_with("noise", lambda x: x[..., 1:]), r"noise must have shape \(2, h, 6\), got \(2, 7, 5\)"),
+    (_with("noise", lambda x: x[:, :0]), "noise must hold at least one action"),
     (_with("noise", lambda x: x / 0), "noise must be finite, got 84 NaN or infinite values"),
     (lambda x: {"given": x["noise"][..., :2]}, r"given must have shape \(2, d, 6\), got"),
     (lambda x: {"given": torch.zeros(2, 8, 6)}, "given must have at most 7 actions, got 8"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
 
-Dim = int | str
+Shape = tuple[int | str, ...]
 
 
 def check_inputs(
@@ -20,40 +20,44 @@ def check_inputs(
     Raises ValueError naming the argument, what was expected and what came.
     """
     sizes: dict[str, int] = {}
-    for name, (shape, dtype) in _layouts(config).items():
+    for name, (shape, *dtypes) in _layouts(config).items():
         if name in inputs:
-            _check_layout(name, inputs[name], dtype, device)
+            _check_layout(name, inputs[name], dtypes, device)
             _check_shape(name, inputs[name], shape, sizes)
-    if sizes.get("d", 0) > config.horizon:
-        raise ValueError(f"given must have at most {config.horizon} actions, got {sizes['d']}")
+    if sizes["h"] == 0:
+        raise ValueError("noise must hold at least one action, got a horizon of 0")
+    if sizes.get("d", 0) > sizes["h"]:
+        raise ValueError(f"given must have at most {sizes['h']} actions, got {sizes['d']}")
     _check_values(inputs, config.vocab_size)
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be an int of at least 1, got {num_steps!r}")
 
 
-def _layouts(config: Pi05Config) -> dict[str, tuple[tuple[Dim, ...], torch.dtype]]:
-    """Shape and dtype of each tensor; a letter stands for the same size wherever it appears."""
+def _layouts(config: Pi05Config) -> dict[str, tuple[Shape, *tuple[torch.dtype, ...]]]:
+    """Shape and allowed dtypes of each tensor; a letter is the same size wherever it appears."""
     size, action = config.image_size, config.action_dim
     return {
         "images": (("b", "n", 3, size, size), torch.float32),
         "image_mask": (("b", "n"), torch.bool),
-        "tokens": (("b", "l"), torch.int64),
+        "tokens": (("b", "l"), torch.int64, torch.int32),
         "token_mask": (("b", "l"), torch.bool),
-        "noise": (("b", config.horizon, action), torch.float32),
+        "noise": (("b", "h", action), torch.float32),
         "given": (("b", "d", action), torch.float32),
     }
 
 
-def _check_layout(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _check_layout(
+    name: str, value: Tensor, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {value.dtype}")
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name} must be {dtypes[0]}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} must be on the model's device {device}, got {value.device}")
 
 
-def _check_shape(name: str, value: Tensor, shape: tuple[Dim, ...], sizes: dict[str, int]) -> None:
+def _check_shape(name: str, value: Tensor, shape: Shape, sizes: dict[str, int]) -> None:
     """Compare with `shape`; a letter that is not yet in `sizes` takes the size that came."""
     expected = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in shape)
     same = len(expected) == value.ndim and all(

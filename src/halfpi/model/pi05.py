@@ -111,7 +111,8 @@ class Pi05(nn.Module):
         """Actions fp32 (b, h, a) for a batch of observations: all three stages, without gradients.
 
         images: fp32 (b, n, 3, image_size, image_size) in [-1, 1]. image_mask: bool (b, n).
-        tokens: int64 (b, l). token_mask: bool (b, l). noise: fp32 (b, h, a), standard normal.
+        tokens: int64 or int32 (b, l). token_mask: bool (b, l). noise: fp32 (b, h, a), standard
+        normal, any horizon h.
         given: fp32 (b, d, a), see `denoise`.
 
         Raises ValueError naming the argument whose shape, dtype, device or values are wrong.

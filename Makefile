@@ -1,0 +1,44 @@
+# Every target sets itself up: .venv gets exactly the versions in constraints.txt.
+# Another interpreter: make test PYTHON=/path/to/python
+
+BIN := .venv/bin
+READY := .venv/.ready
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: demo test check lint types layers docs hooks clean
+
+demo: $(READY)
+	$(BIN)/halfpi demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: lint types layers
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports --no-logo
+
+docs: $(READY)
+	$(BIN)/pdoc --docformat google --output-directory build/docs \
+		halfpi src/halfpi/[a-z]*.py $(dir $(wildcard src/halfpi/*/__init__.py))
+
+hooks: $(READY)
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "halfpi needs Python 3.11 or newer, and none is on the PATH." \
+		"Install one, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,sim,report,serve]"
+	@touch $@

@@ -1,0 +1,133 @@
+"""Camera images to the model's square images in [-1, 1].
+
+A checkpoint only sees the pixels it was trained on if they are resized as its trainer did, so there
+are three rules. "pil" is openpi's (openpi-client image_tools.py): Pillow's bilinear filter, which
+averages when it shrinks, on uint8. "interpolate" is LeRobot's since 0.5 (modeling_pi05.py): torch's
+bilinear interpolation, which only looks at the four nearest pixels. "interpolate-0.4" is LeRobot's
+0.4, the same but for its padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfpi.config import ResizeRule
+
+_BLACK = -1.0
+# LeRobot 0.4 padded with -1 while pixels were still in [0, 1]; the last step, 2x - 1, made that -3.
+_PADDING: Mapping[ResizeRule, float] = {
+    "pil": _BLACK,
+    "interpolate": _BLACK,
+    "interpolate-0.4": -3.0,
+}
+
+
+def prepare_images(
+    images: Mapping[str, NDArray[Any]], cameras: Sequence[str], size: int, rule: ResizeRule
+) -> tuple[Tensor, Tensor]:
+    """Resize the cameras that are present and stack all `cameras` in their order.
+
+    images: camera name → uint8, or float in [0, 1]; (height, width, 3), or (3, height, width).
+    Returns images, float32 (1, n, 3, size, size) in [-1, 1] (padding by `rule`), and image_mask,
+    bool (1, n), False where a camera is absent. An absent camera keeps its place, as in openpi;
+    LeRobot moves it to the end. Both give the same actions: masked tokens are not attended to and
+    do not advance the positions.
+
+    Raises ValueError if no camera is present, a camera is not in `cameras`, or an image is
+    malformed.
+    """
+    unknown = sorted(set(images) - set(cameras))
+    if unknown:
+        raise ValueError(f"unknown camera {', '.join(unknown)}: expected {', '.join(cameras)}")
+    if not images:
+        raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
+    stacked = torch.full((1, len(cameras), 3, size, size), _BLACK)
+    for index, camera in enumerate(cameras):
+        if camera in images:
+            stacked[0, index] = resize_with_pad(camera, images[camera], size, rule)
+    return stacked, torch.tensor([[camera in images for camera in cameras]])
+
+
+def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRule) -> Tensor:
+    """Scale `image` into a square, keeping its aspect, and centre it on padding.
+
+    image: as in `prepare_images`. Returns float32 (3, size, size).
+    Raises ValueError naming `camera` if the image is malformed.
+    """
+    pixels = _checked(camera, image)
+    height, width = pixels.shape[:2]
+    if rule == "pil":
+        pixels = _to_uint8(pixels)
+    if (height, width) == (size, size):
+        return _to_model(_unit_interval(pixels))
+    ratio = max(width / size, height / size)
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    if min(new_height, new_width) == 0:
+        raise ValueError(
+            f"camera {camera}: an image of {height}×{width} is too long for {size}×{size}"
+        )
+    resize = _resize_pil if rule == "pil" else _resize_interpolate
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    padded = torch.full((3, size, size), _PADDING[rule])
+    padded[:, top : top + new_height, left : left + new_width] = _to_model(
+        resize(pixels, new_height, new_width)
+    )
+    return padded
+
+
+def _checked(camera: str, image: NDArray[Any]) -> NDArray[Any]:
+    """`image` as a contiguous (height, width, 3) array."""
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and pixels.shape[0] == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ValueError(
+            f"camera {camera}: expected an image (height, width, 3) or (3, height, width), "
+            f"got shape {np.shape(image)}"
+        )
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = pixels.min(), pixels.max()
+        if not (low >= 0 and high <= 1):  # written so that NaN fails
+            raise ValueError(
+                f"camera {camera}: a float image must be in [0, 1], got values from {low} to {high}"
+            )
+    elif pixels.dtype != np.uint8:
+        raise ValueError(f"camera {camera}: expected uint8 or float pixels, got {pixels.dtype}")
+    return np.ascontiguousarray(pixels)
+
+
+def _to_uint8(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    if pixels.dtype == np.uint8:
+        return pixels
+    return (255 * pixels).astype(np.uint8)  # truncates, as openpi does
+
+
+def _unit_interval(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    as_float = pixels.astype(np.float32)
+    return as_float / np.float32(255) if pixels.dtype == np.uint8 else as_float
+
+
+def _resize_pil(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.float32]:
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return _unit_interval(np.asarray(resized))
+
+
+def _resize_interpolate(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+    chw = torch.from_numpy(_unit_interval(pixels)).permute(2, 0, 1)
+    resized = F.interpolate(
+        chw[None], size=(height, width), mode="bilinear", align_corners=False
+    ).clamp(0, 1)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _to_model(unit: NDArray[np.float32]) -> Tensor:
+    """Pixels in [0, 1], (height, width, 3) → [-1, 1], (3, height, width)."""
+    return torch.from_numpy(unit * 2 - 1).permute(2, 0, 1)

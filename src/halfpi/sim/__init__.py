@@ -1,0 +1,1 @@
+"""Simulation: Meta-World tasks, recording of demonstrations, evaluation and the demo."""
