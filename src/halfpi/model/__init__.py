@@ -1,5 +1,7 @@
 """π0.5 in plain torch, at any size: the numerical truth for every faster path."""
 
+from __future__ import annotations
+
 from halfpi.model.gemma import PrefixCache
 from halfpi.model.pi05 import Pi05
 

@@ -15,8 +15,8 @@ from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
 from halfpi.processing.normalize import Normalizer
 from halfpi.processing.prompt import clean_prompt, encode_prompt
 from halfpi.processing.tokenizer import Tokenizer
-from halfpi.sim.rendering import CAMERAS
 from halfpi.sim.record import Frames, load_recordings
+from halfpi.sim.rendering import CAMERAS
 from halfpi.sim.tasks import PRECISE, TASKS
 from halfpi.training.loss import Batch
 
@@ -71,9 +71,14 @@ class Batches:
     """
 
     def __init__(
-        self, data: Demonstrations, processing: ProcessingConfig, tokenizer: Tokenizer
+        self,
+        data: Demonstrations,
+        processing: ProcessingConfig,
+        tokenizer: Tokenizer,
+        number_tokens: Mapping[int, int],
     ) -> None:
         self._data = data
+        self.number_tokens = number_tokens
         self._tokenizer = tokenizer
         self._max_tokens = processing.max_prompt_tokens
         rule, eps = processing.norm_rule, processing.norm_eps
@@ -83,6 +88,11 @@ class Batches:
         self._actions = action.normalize(data.frames.chunks).astype(np.float32)
         self._located = _standardise(data.frames.full_states[:, LOCATED])
         self._chances = _frame_chances(data.tasks)
+
+    @property
+    def cameras(self) -> int:
+        """The number of cameras in a recorded frame."""
+        return self._data.frames.images.shape[1]
 
     @property
     def located(self) -> int:
@@ -130,7 +140,9 @@ def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
     index = torch.arange(b * n, device=images.device)[:, None, None]
     shifted = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
     change = generator.uniform(-1, 1, (b, n, 2)).astype(np.float32)
-    brightness, contrast = torch.from_numpy(change).to(images.device)[..., None, None, None].unbind(2)
+    brightness, contrast = (
+        torch.from_numpy(change).to(images.device)[..., None, None, None].unbind(2)
+    )
     result = shifted.permute(0, 3, 1, 2).unflatten(0, (b, n))
     return (result * (1 + CONTRAST * contrast) + BRIGHTNESS * brightness).clamp(-1, 1)
 

@@ -41,4 +41,4 @@ def number_tokens(tokenizer: Tokenizer) -> Mapping[int, int]:
     split = [number for number, pieces in ids.items() if len(pieces) != 1]
     if split:
         raise ValueError(f"the vocabulary splits state bins {split}; make it larger")
-    return {number: cast(int, pieces[0]) for number, pieces in ids.items()}
+    return {number: cast("int", pieces[0]) for number, pieces in ids.items()}

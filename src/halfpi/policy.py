@@ -1,0 +1,147 @@
+"""A policy: from what a robot sees to what it does, in the robot's own units."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint
+from halfpi.engine import EagerEngine
+from halfpi.processing.pipeline import Processor
+from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
+from halfpi.types import ActionChunk, Observation
+
+NANO = Path(__file__).parent / "assets" / "nano"
+
+
+class Policy:
+    """Observation → processing → engine → actions.
+
+    Noise comes from a generator of its own, seeded with `seed`, so that a run can be repeated.
+    """
+
+    def __init__(
+        self, processor: Processor, engine: EagerEngine, *, num_steps: int = 10, seed: int = 0
+    ) -> None:
+        self.processor = processor
+        self.engine = engine
+        self.num_steps = _checked_steps(num_steps)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def horizon(self) -> int:
+        """The number of actions in a chunk."""
+        return self.engine.config.horizon
+
+    def reseed(self, seed: int) -> None:
+        """Start the noise anew from `seed`."""
+        self._generator.manual_seed(seed)
+
+    def infer(
+        self,
+        observation: Observation,
+        *,
+        noise: NDArray[np.float32] | None = None,
+        given: NDArray[np.float32] | None = None,
+        num_steps: int | None = None,
+    ) -> ActionChunk:
+        """One chunk of actions for `observation`.
+
+        noise: float32 (h, a), drawn if absent. given: float32 (d, a), d ≤ h, the first actions of the
+        chunk, normalised as in `ActionChunk.normalized`, if they are already decided (training-time
+        real-time chunking). num_steps: Euler steps of this call, instead of the policy's.
+
+        Raises ValueError that names what is wrong with the observation or an argument.
+        """
+        steps = self.num_steps if num_steps is None else _checked_steps(num_steps)
+        began = time.perf_counter()
+        inputs = self.processor.inputs(observation)
+        start = self._noise(noise)
+        decided = None if given is None else self._checked("given", given)
+        processing_ms = (time.perf_counter() - began) * 1000
+        normalized, times = self.engine.run(inputs, start, steps, decided)
+        began = time.perf_counter()
+        actions = self.processor.outputs(normalized.numpy(), observation)
+        processing_ms += (time.perf_counter() - began) * 1000
+        return ActionChunk(
+            actions, normalized.numpy(), dataclasses.replace(times, processing_ms=processing_ms)
+        )
+
+    def _noise(self, noise: NDArray[np.float32] | None) -> torch.Tensor:
+        if noise is None:
+            shape = (self.horizon, self.engine.config.action_dim)
+            return torch.randn(shape, generator=self._generator)
+        return self._checked("noise", noise, shortest=self.horizon)
+
+    def _checked(self, name: str, actions: NDArray[np.float32], shortest: int = 0) -> torch.Tensor:
+        rows, columns = self.horizon, self.engine.config.action_dim
+        shape = np.shape(actions)
+        if len(shape) != 2 or shape[1] != columns or not shortest <= shape[0] <= rows:
+            expected = rows if shortest == rows else f"{shortest} to {rows}"
+            raise ValueError(f"{name} must have shape ({expected}, {columns}), got {shape}")
+        if not np.isfinite(actions).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinite values")
+        return torch.tensor(actions, dtype=torch.float32)
+
+
+def load_policy(
+    path: str | os.PathLike[str] = "nano",
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    num_steps: int = 10,
+    tokenizer: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    processing_overrides: Mapping[str, object] | None = None,
+    **config_overrides: Any,
+) -> Policy:
+    """The policy in the checkpoint directory `path`; "nano" is the one that ships with halfpi.
+
+    device: a torch device; CUDA if there is one, else the CPU. dtype: "float32" or "bfloat16".
+    tokenizer: a tokenizer.json or SentencePiece .model; if absent, the checkpoint is searched and
+    then the usual caches. processing_overrides: fields of `ProcessingConfig`, config_overrides of
+    `Pi05Config`, for what the checkpoint does not say.
+
+    Raises ValueError (CheckpointError for the checkpoint's own files) naming what is missing or
+    wrong; a checkpoint without normalisation statistics is refused unless the overrides set
+    `state_norm` and `action_norm` to "identity".
+    """
+    checkpoint = open_checkpoint(
+        NANO if path == "nano" else path,
+        processing_overrides=processing_overrides,
+        **config_overrides,
+    )
+    _require_stats(checkpoint)
+    found = find_tokenizer(tokenizer, checkpoint.path)
+    processor = Processor(
+        checkpoint.processing, checkpoint.config.action_dim, load_tokenizer(found)
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    return Policy(processor, EagerEngine(model), num_steps=num_steps, seed=seed)
+
+
+def _require_stats(checkpoint: Checkpoint) -> None:
+    processing = checkpoint.processing
+    for feature in ("state", "action"):
+        mode, stats = (getattr(processing, f"{feature}_{part}") for part in ("norm", "stats"))
+        if stats is None and mode != "identity":
+            raise ValueError(
+                f"{checkpoint.path} has no normalisation statistics of the {feature}: actions would "
+                "come out in the wrong units. Put its norm_stats.json in place, or pass "
+                f"processing_overrides={{'{feature}_norm': 'identity'}} to go without"
+            )
+
+
+def _checked_steps(num_steps: int) -> int:
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an int of at least 1, got {num_steps!r}")
+    return num_steps
