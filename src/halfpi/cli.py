@@ -7,6 +7,7 @@ What a command does is in `halfpi.commands`, which is imported only when the com
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -203,8 +204,14 @@ def main() -> None:
         prog="halfpi",
         description="A real-time inference engine for the robot policy π0.5.",
     )
+    warnings.showwarning = _note
     module, function = next(where for kind, *where in COMMANDS.values() if kind is type(options))
     try:
         getattr(import_module(f"halfpi.commands.{module}"), function)(options)
     except (ValueError, OSError) as error:
         sys.exit(f"halfpi: {error}")
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line for the user, without the place in the code."""
+    print(f"halfpi: note: {message}", file=sys.stderr)  # noqa: T201
