@@ -133,6 +133,17 @@ def test_the_token_table_may_be_stored_as_the_head(
     assert HEAD not in checkpoint.unused
 
 
+def test_lerobots_own_base_has_no_prefix(lerobot: Path, edit_weights: EditWeights) -> None:
+    def change(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            weights[name.removeprefix("model.")] = weights.pop(name)
+
+    before = load_model(lerobot, vision_heads=4).state_dict()
+    edit_weights(lerobot, change)
+    after = load_model(lerobot, vision_heads=4).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_unused_tensors_are_reported_and_may_be_absent(
     lerobot: Path, edit_weights: EditWeights
 ) -> None:
@@ -290,7 +301,7 @@ def test_overrides_of_processing(golden: Path) -> None:
         ({"robot_action_dim": 8}, "action_stats have length 7, the robot has 8"),
         ({"delta_mask": (True,) * 8}, "delta_mask has 8 entries"),
         ({"delta_mask": 3}, "the processing does not fit"),
-        ({"robot": "aloha"}, "state_stats have length 8, the robot has 14"),
+        ({"robot": "aloha"}, "robot aloha has 14 action dimensions"),
         ({"action_norm": "mean_std"}, "action normalisation needs the statistic mean"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -330,7 +341,7 @@ def test_own_format_needs_no_options(own: Path) -> None:
         (lambda data: data["processing"].update(image_size=3), "image_size is 28 in model, 3 in"),
         (
             lambda data: data["processing"]["state_stats"].update(q01=[float("nan")] * 8),
-            "state_stats.q01 is not finite",
+            "state_stats.q01 must be finite",
         ),
         (
             lambda data: data["processing"]["action_stats"]["q01"].pop(),

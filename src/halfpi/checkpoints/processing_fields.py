@@ -38,23 +38,22 @@ def build_processing(
         of_model, of_processing = getattr(config, name), fields[name]
         if of_model != of_processing:
             raise CheckpointError(f"{name} is {of_model} in the model, got {of_processing}")
-    _check_statistics(processing)
+    for name in ("state_stats", "action_stats"):
+        if fields.get(name) is not None:
+            check_stats(fields[name], name)
     try:
         check_processing(processing, config.action_dim)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"the processing does not fit: {error}") from error
+    _check_lengths(processing)
     return processing
 
 
-def _check_statistics(processing: ProcessingConfig) -> None:
-    robot = ROBOTS.get(processing.robot)
+def _check_lengths(processing: ProcessingConfig) -> None:
     for name, stats, needed in (
-        ("state_stats", processing.state_stats, None if robot is None else robot.state_dim),
+        ("state_stats", processing.state_stats, ROBOTS[processing.robot].state_dim),
         ("action_stats", processing.action_stats, processing.robot_action_dim),
     ):
-        if stats is None:
-            continue
-        check_stats(stats, name)
         found = length(stats)
         if found is not None and needed is not None and found < needed:
             raise CheckpointError(f"{name} have length {found}, the robot has {needed}")
