@@ -6,6 +6,7 @@ from halfpi.checkpoints.checkpoint import Checkpoint, CheckpointSummary, open_ch
 from halfpi.checkpoints.convert import convert, save_model
 from halfpi.checkpoints.errors import CheckpointError
 from halfpi.checkpoints.load import load_model
+from halfpi.checkpoints.save import save_model
 
 __all__ = [
     "Checkpoint",
