@@ -164,7 +164,7 @@ def test_a_model_comes_back_as_it_was_saved(
     )
     tokenizer = tmp_path / "mine.json"
     tokenizer.write_text("{}")
-    saved = save_model(model, processing, tmp_path / "own", tokenizer_path=tokenizer)
+    saved = save_model(model, processing, tmp_path / "own", tokenizer=tokenizer)
     checkpoint = open_checkpoint(saved)
     assert checkpoint.config == config
     assert checkpoint.processing == processing

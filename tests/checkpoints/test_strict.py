@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halfpi.checkpoints import CheckpointError, convert, load_model, open_checkpoint
+from halfpi.config import FeatureStats
 
 EditWeights = Callable[[Path, Callable[[dict[str, Tensor]], None]], None]
 EditJson = Callable[[Path, Callable[[dict[str, Any]], None]], None]
@@ -290,7 +291,10 @@ def test_overrides_of_processing(golden: Path) -> None:
     def opened(**overrides: object) -> Any:
         return open_checkpoint(path, processing_overrides=overrides, vision_heads=4).processing
 
-    assert opened(cameras=("a", "b")).cameras == ("a", "b")
+    assert opened(cameras=("a", "b")).cameras == opened(cameras=["a", "b"]).cameras == ("a", "b")
+    assert opened(state_norm="identity", state_stats=None).state_stats is None
+    stats = {"q01": [0, 0.5], "q99": [1, 2]}
+    assert opened(state_stats=stats).state_stats == FeatureStats(q01=(0, 0.5), q99=(1, 2))
     assert opened(prompt_state_dim=32, resize="interpolate-0.4").prompt_state_dim == 32
     for overrides, message in (
         ({"resizing": "pil"}, "ProcessingConfig has no field resizing"),
@@ -300,6 +304,8 @@ def test_overrides_of_processing(golden: Path) -> None:
         ({"robot_action_dim": 0}, "robot_action_dim must be in"),
         ({"robot_action_dim": 8}, "action_stats have length 7, the robot has 8"),
         ({"delta_mask": (True,) * 8}, "delta_mask has 8 entries"),
+        ({"state_stats": 3}, "state_stats must map statistics to numbers, got 3"),
+        ({"state_stats": {"q01": [1, "a"]}}, "state_stats.q01 must be finite numbers"),
         ({"delta_mask": 3}, "the processing does not fit"),
         ({"robot": "aloha"}, "robot aloha has 14 action dimensions"),
         ({"action_norm": "mean_std"}, "action normalisation needs the statistic mean"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfpi.checkpoints.checkpoint import Checkpoint, CheckpointSummary, open_checkpoint
-from halfpi.checkpoints.convert import convert, save_model
+from halfpi.checkpoints.convert import convert
 from halfpi.checkpoints.errors import CheckpointError
 from halfpi.checkpoints.load import load_model
 from halfpi.checkpoints.save import save_model

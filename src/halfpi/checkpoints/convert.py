@@ -1,4 +1,4 @@
-"""Any checkpoint, or a model in memory, into halfpi's own format, tensor by tensor."""
+"""Any checkpoint into halfpi's own format, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from typing import Any
 import torch
 
 from halfpi.checkpoints.checkpoint import Checkpoint
-from halfpi.checkpoints.contents import StoredTensor
 from halfpi.checkpoints.errors import CheckpointError
 from halfpi.checkpoints.halfpi_files import METADATA, WEIGHTS, write_metadata
 from halfpi.checkpoints.load import meta_model_in, opened_checkpoint
-from halfpi.checkpoints.processing_fields import build_processing
 from halfpi.checkpoints.safetensors_io import SafetensorsWriter
-from halfpi.config import ProcessingConfig
-from halfpi.model import Pi05
 
 
 def convert(
@@ -58,36 +54,6 @@ def convert(
     return target
 
 
-def save_model(
-    model: Pi05,
-    processing: ProcessingConfig,
-    target: str | os.PathLike[str],
-    *,
-    tokenizer_path: Path | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write `model`, in the dtypes it has, as the new directory `target`, and return its path.
-
-    tokenizer_path: a tokenizer.json or .model to copy along. overwrite: as in `convert`.
-
-    Raises CheckpointError as `convert` does, and when `processing` does not fit the model.
-    """
-    checkpoint = Checkpoint(
-        path=Path(target),
-        format="halfpi",
-        config=model.config,
-        processing=build_processing(model.config, vars(processing), {}),
-        tokenizer_path=tokenizer_path,
-        unused=(),
-        assumptions=(),
-        stored={
-            name: StoredTensor(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
-            for name, tensor in model.state_dict().items()
-        },
-    )
-    return convert(checkpoint, target, overwrite=overwrite)
-
-
 def _check_target(target: Path, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise CheckpointError(f"cannot write {target}: {target.parent} is no directory")
@@ -121,6 +87,7 @@ def _write(opened: Checkpoint, directory: Path, dtypes: dict[str, torch.dtype]) 
     with SafetensorsWriter(directory / WEIGHTS, announced) as writer:
         for name, tensor in opened.tensors():
             writer.write(name, tensor.to(dtypes[name]))
+            del tensor  # the next one is read before the loop would let go of this one
     write_metadata(directory, opened.config, opened.processing)
     if opened.tokenizer_path is not None:
         suffix = opened.tokenizer_path.suffix
