@@ -113,6 +113,24 @@ def test_failures_leave_nothing_behind(
     assert open_checkpoint(target).config.horizon == 10
 
 
+def test_a_failed_exchange_keeps_the_old_checkpoint(
+    lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = convert(lerobot, tmp_path / "own", vision_heads=4)
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.match("*.partial-[0-9]*[0-9]"):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write .*own: .*Permission denied"):
+        convert(lerobot, target, vision_heads=4, horizon=3, overwrite=True)
+    assert open_checkpoint(target).config.horizon == 10
+    assert list(tmp_path.glob(".own*")) == []
+
+
 def test_a_full_disk_is_noticed_before_writing(
     lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,9 +95,15 @@ def _write(opened: Checkpoint, directory: Path, dtypes: dict[str, torch.dtype]) 
 
 
 def _move(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`; what was there goes last."""
+    """Put `partial` in the place of `target`; what was there goes last, or stays if that fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
     old = target.with_name(f"{partial.name}-old")
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
