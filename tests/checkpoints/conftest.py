@@ -94,17 +94,21 @@ def golden_arrays(_golden_arrays: Arrays) -> Arrays:
 def write_orbax(tmp_path: Path) -> Callable[..., Path]:
     """Write arrays as an openpi checkpoint, as orbax does; chunks: path → chunk shape."""
 
-    def write(arrays: Arrays, chunks: Mapping[str, tuple[int, ...]] | None = None) -> Path:
+    def write(
+        arrays: Arrays, chunks: Mapping[str, tuple[int, ...]] | None = None, zarr3: bool = False
+    ) -> Path:
         params = tmp_path / "orbax" / "params"
         tree = {}
         with tensorstore.Transaction() as transaction:  # one commit instead of fifty
             for path, array in arrays.items():
                 key = ["params", *path.split("/"), "value"]
                 spec = _spec(params, ".".join(key))
-                spec["metadata"] = {
-                    "chunks": (chunks or {}).get(path, array.shape),
-                    "compressor": None,
-                }
+                chunk = (chunks or {}).get(path, array.shape)
+                if zarr3:
+                    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+                    spec |= {"driver": "zarr3", "metadata": {"chunk_grid": grid}}
+                else:
+                    spec["metadata"] = {"chunks": chunk, "compressor": None}
                 store = tensorstore.open(
                     spec,
                     create=True,
@@ -114,7 +118,11 @@ def write_orbax(tmp_path: Path) -> Callable[..., Path]:
                 )
                 store.result().write(array).result()
                 tree[str(tuple(key))] = {"key_metadata": [{"key": part} for part in key]}
-        metadata = {"tree_metadata": tree, "store_array_data_equal_to_fill_value": True}
+        metadata = {
+            "tree_metadata": tree,
+            "use_zarr3": zarr3,
+            "store_array_data_equal_to_fill_value": True,
+        }
         (params / "_METADATA").write_text(json.dumps(metadata))
         return params.parent
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfpi.checkpoints import CheckpointError, convert, load_model, open_checkpoint
-from halfpi.checkpoints.checkpoint import Checkpoint
+from halfpi.checkpoints import CheckpointError, convert, load_model, open_checkpoint, save_model
 from halfpi.checkpoints.safetensors_io import SafetensorsWriter
-from halfpi.config import Pi05Config, ProcessingConfig, to_json
+from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
 from halfpi.model import Pi05
 
 
@@ -113,6 +113,24 @@ def test_failures_leave_nothing_behind(
     assert open_checkpoint(target).config.horizon == 10
 
 
+def test_a_failed_exchange_keeps_the_old_checkpoint(
+    lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = convert(lerobot, tmp_path / "own", vision_heads=4)
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.match("*.partial-[0-9]*[0-9]"):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write .*own: .*Permission denied"):
+        convert(lerobot, target, vision_heads=4, horizon=3, overwrite=True)
+    assert open_checkpoint(target).config.horizon == 10
+    assert list(tmp_path.glob(".own*")) == []
+
+
 def test_a_full_disk_is_noticed_before_writing(
     lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +165,38 @@ def test_one_tensor_is_in_memory_at_a_time(lerobot: Path) -> None:
     assert isinstance(next(tensors)[1], Tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_comes_back_as_it_was_saved(
+    random_pi05: Callable[..., Pi05], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = random_pi05().to_dtype(dtype)
+    config = model.config
+    processing = ProcessingConfig(
+        image_size=config.image_size,
+        max_prompt_tokens=config.max_prompt_tokens,
+        robot_action_dim=4,
+        robot="metaworld",
+        state_stats=FeatureStats(q01=(0.1,) * 4, q99=(1 / 3,) * 4),
+        action_stats=FeatureStats(q01=(-1.0,) * 4, q99=(1.0,) * 4),
+        default_prompt="öffne die Schublade",
+    )
+    tokenizer = tmp_path / "mine.json"
+    tokenizer.write_text("{}")
+    saved = save_model(model, processing, tmp_path / "own", tokenizer=tokenizer)
+    checkpoint = open_checkpoint(saved)
+    assert checkpoint.config == config
+    assert checkpoint.processing == processing
+    assert checkpoint.tokenizer_path == saved / "tokenizer.json"
+    found = dict(checkpoint.tensors())
+    for name, tensor in model.state_dict().items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with pytest.raises(CheckpointError, match="own exists"):
+        save_model(model, processing, saved)
+    with pytest.raises(CheckpointError, match="image_size is 28 in the model, got 224"):
+        save_model(model, ProcessingConfig(), tmp_path / "other")
+
+
 # 300 MB of weights, the largest of them 31 MB.
 MEDIUM = Pi05Config(
     vision_width=96,
@@ -175,27 +225,19 @@ print((peak_kib() - before) * 1024)
 """
 
 
-def write_own(root: Path, config: Pi05Config) -> Checkpoint:
-    """A checkpoint of random weights in halfpi's own format."""
-    root.mkdir()
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in Pi05(config).state_dict().items()}
-    announced = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    with SafetensorsWriter(root / "model.safetensors", announced) as writer:
-        for name, shape in shapes.items():
-            writer.write(name, torch.rand(shape))
-    data = {"version": 1, "model": to_json(config), "processing": to_json(ProcessingConfig())}
-    (root / "halfpi.json").write_text(json.dumps(data))
-    return open_checkpoint(root)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's VmHWM")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    checkpoint = write_own(tmp_path / "medium", MEDIUM)
-    sizes = [4 * torch.Size(stored.shape).numel() for stored in checkpoint.stored.values()]
+    with torch.device("meta"):
+        model = Pi05(MEDIUM)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter)
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
     assert sum(sizes) > 250e6
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "medium"), str(tmp_path / "bf16")]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as directory:  # pytest keeps tmp_path for days
+        source = save_model(model, ProcessingConfig(), Path(directory) / "fp32")
+        command = [sys.executable, "-c", MEASURE, str(source), str(Path(directory) / "bf16")]
+        grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     # A tensor and its cast; 20 MB for what the interpreter and torch allocate on first use.
     assert grown < 1.5 * max(sizes) + 20e6
     assert sum(sizes) > 3 * grown

@@ -129,11 +129,11 @@ def test_several_assets_need_a_choice(openpi_torch: Path, stats: Stats) -> None:
         ),
         (
             lambda s: s["norm_stats"]["actions"].update(q01=[float("nan")] * 8),
-            "norm_stats.json: actions.q01 is not finite",
+            "norm_stats.json: actions.q01 must be finite",
         ),
         (
             lambda s: s["norm_stats"]["actions"].update(q01=["a"] * 8),
-            "norm_stats.json: actions.q01 must be a list of numbers",
+            "norm_stats.json: actions.q01 must be finite numbers, got .'a'",
         ),
         (lambda s: s["norm_stats"]["actions"].update(q01=3), "actions.q01 must be a list of numb"),
         (

@@ -68,6 +68,19 @@ def test_half_precision(
         assert torch.equal(found[name], tensor.to(torch_dtype)), name
 
 
+def test_zarr3(
+    golden_arrays: Arrays, write_orbax: Write, expected: dict[str, torch.Tensor]
+) -> None:
+    found = tensors(write_orbax(golden_arrays, zarr3=True))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_directories_of_any_name(golden: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a b%20c#d?e"
+    shutil.copytree(golden / "openpi_tiny_orbax_pure", odd)
+    assert tensors(odd)
+
+
 def add_lora(arrays: Arrays, weight: str, rank: int) -> None:
     """Add random LoRA factors of `weight`."""
     rng = np.random.default_rng(0)

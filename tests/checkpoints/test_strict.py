@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halfpi.checkpoints import CheckpointError, convert, load_model, open_checkpoint
+from halfpi.config import FeatureStats
 
 EditWeights = Callable[[Path, Callable[[dict[str, Tensor]], None]], None]
 EditJson = Callable[[Path, Callable[[dict[str, Any]], None]], None]
@@ -131,6 +132,17 @@ def test_the_token_table_may_be_stored_as_the_head(
     checkpoint = open_checkpoint(lerobot, vision_heads=4)
     assert checkpoint.stored["prefix.embed.weight"].stored_as == HEAD
     assert HEAD not in checkpoint.unused
+
+
+def test_lerobots_own_base_has_no_prefix(lerobot: Path, edit_weights: EditWeights) -> None:
+    def change(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            weights[name.removeprefix("model.")] = weights.pop(name)
+
+    before = load_model(lerobot, vision_heads=4).state_dict()
+    edit_weights(lerobot, change)
+    after = load_model(lerobot, vision_heads=4).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_unused_tensors_are_reported_and_may_be_absent(
@@ -279,7 +291,10 @@ def test_overrides_of_processing(golden: Path) -> None:
     def opened(**overrides: object) -> Any:
         return open_checkpoint(path, processing_overrides=overrides, vision_heads=4).processing
 
-    assert opened(cameras=("a", "b")).cameras == ("a", "b")
+    assert opened(cameras=("a", "b")).cameras == opened(cameras=["a", "b"]).cameras == ("a", "b")
+    assert opened(state_norm="identity", state_stats=None).state_stats is None
+    stats = {"q01": [0, 0.5], "q99": [1, 2]}
+    assert opened(state_stats=stats).state_stats == FeatureStats(q01=(0, 0.5), q99=(1, 2))
     assert opened(prompt_state_dim=32, resize="interpolate-0.4").prompt_state_dim == 32
     for overrides, message in (
         ({"resizing": "pil"}, "ProcessingConfig has no field resizing"),
@@ -289,8 +304,10 @@ def test_overrides_of_processing(golden: Path) -> None:
         ({"robot_action_dim": 0}, "robot_action_dim must be in"),
         ({"robot_action_dim": 8}, "action_stats have length 7, the robot has 8"),
         ({"delta_mask": (True,) * 8}, "delta_mask has 8 entries"),
+        ({"state_stats": 3}, "state_stats must map statistics to numbers, got 3"),
+        ({"state_stats": {"q01": [1, "a"]}}, "state_stats.q01 must be finite numbers"),
         ({"delta_mask": 3}, "the processing does not fit"),
-        ({"robot": "aloha"}, "state_stats have length 8, the robot has 14"),
+        ({"robot": "aloha"}, "robot aloha has 14 action dimensions"),
         ({"action_norm": "mean_std"}, "action normalisation needs the statistic mean"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -330,7 +347,7 @@ def test_own_format_needs_no_options(own: Path) -> None:
         (lambda data: data["processing"].update(image_size=3), "image_size is 28 in model, 3 in"),
         (
             lambda data: data["processing"]["state_stats"].update(q01=[float("nan")] * 8),
-            "state_stats.q01 is not finite",
+            "state_stats.q01 must be finite",
         ),
         (
             lambda data: data["processing"]["action_stats"]["q01"].pop(),

@@ -63,18 +63,19 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor] = field(repr=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of `Pi05(config).state_dict()` once, as stored, with one in memory at a time.
+        """Each tensor of `Pi05(config).state_dict()` once, as stored, read when it is asked for.
 
         Raises CheckpointError that names a tensor which cannot be read, or has NaN or infinite
         values.
         """
         for name, stored in self.stored.items():
-            tensor = stored.read()
-            # The extremes of a tensor with NaN are NaN; unlike isfinite this needs no second
-            # tensor.
-            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-                raise CheckpointError(f"{self.path}: {name} has NaN or infinite values")
-            yield name, tensor
+            yield name, self._checked(name, stored.read())
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        # The extremes of a tensor with NaN are NaN; unlike isfinite this needs no second tensor.
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+            raise CheckpointError(f"{self.path}: {name} has NaN or infinite values")
+        return tensor
 
     def describe(self) -> CheckpointSummary:
         """The checkpoint in figures, without reading a tensor."""

@@ -87,6 +87,7 @@ def _write(opened: Checkpoint, directory: Path, dtypes: dict[str, torch.dtype]) 
     with SafetensorsWriter(directory / WEIGHTS, announced) as writer:
         for name, tensor in opened.tensors():
             writer.write(name, tensor.to(dtypes[name]))
+            del tensor  # the next one is read before the loop would let go of this one
     write_metadata(directory, opened.config, opened.processing)
     if opened.tokenizer_path is not None:
         suffix = opened.tokenizer_path.suffix
@@ -94,9 +95,15 @@ def _write(opened: Checkpoint, directory: Path, dtypes: dict[str, torch.dtype]) 
 
 
 def _move(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`; what was there goes last."""
+    """Put `partial` in the place of `target`; what was there goes last, or stays if that fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
     old = target.with_name(f"{partial.name}-old")
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from halfpi.checkpoints.errors import CheckpointError
 
@@ -24,10 +25,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def member(data: Mapping[str, Any], key: str, kind: type[T], where: object) -> T:
-    """`data[key]`, which must be a `kind`; an int passes as float, a bool never as a number."""
+    """`data[key]`, which must be a `kind`; an int passes as float, NaN and infinity do not."""
     value = data.get(key)
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    if not (is_number(value) if kind is float else _is_a(kind, value)):
         got = "nothing" if key not in data else repr(value)[:80]
         raise CheckpointError(f"{where}: {key!r} must be of type {kind.__name__}, got {got}")
-    return kind(value) if kind is float else value  # type: ignore[call-arg, return-value]
+    return cast("T", value)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or a float that is finite as a float; a bool is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

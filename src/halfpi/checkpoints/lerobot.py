@@ -23,6 +23,7 @@ _NORM_MODES: Mapping[str, NormMode] = {
 }
 _NORM_EPS = 1e-8  # the default of LeRobot's normalize_processor.py
 _UNSUPPORTED = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
+_MAX_EMPTY_CAMERAS = 16
 _IMAGES = "observation.images."
 _PADDING_UNKNOWN = Assumption(
     "saved by LeRobot 0.5.0 or earlier, which does not tell whether it was trained with the padded "
@@ -106,7 +107,12 @@ def _cameras(config: Mapping[str, Any], pre: Steps, where: Path) -> tuple[str, .
     """The cameras in the order of the visual features, by their names before the renaming."""
     features = _features(config, "input_features", where)
     names = [name for name, feature in features.items() if feature["type"] == "VISUAL"]
-    for index in range(member({"empty_cameras": 0, **config}, "empty_cameras", int, where)):
+    empty_cameras = member({"empty_cameras": 0, **config}, "empty_cameras", int, where)
+    if not 0 <= empty_cameras <= _MAX_EMPTY_CAMERAS:
+        raise CheckpointError(
+            f"{where}: empty_cameras must be 0 to {_MAX_EMPTY_CAMERAS}, got {empty_cameras}"
+        )
+    for index in range(empty_cameras):
         empty = f"{_IMAGES}empty_camera_{index}"
         if empty not in names:
             names.append(empty)
@@ -147,12 +153,13 @@ def _normalisation(
     ):
         step = steps.get(step_name, {})
         where = f"{root}: {step_name}"
-        modes = step.get("norm_map") or config.get("normalization_mapping") or {}
+        defaults = {"norm_map": config.get("normalization_mapping", {}), "eps": _NORM_EPS}
+        modes = member({**defaults, **step}, "norm_map", dict, where)
         mode = _NORM_MODES.get(str(modes.get(kind, "IDENTITY")))
         if mode is None:
             raise CheckpointError(f"{where} has the unknown mode {modes[kind]!r} for {kind}")
         fields[f"{name}_norm"] = mode
-        epsilons.add(member({"eps": _NORM_EPS, **step}, "eps", float, where))
+        epsilons.add(member({**defaults, **step}, "eps", float, where))
         fields[f"{name}_stats"] = _read_stats(root, step, key)
     if len(epsilons) > 1:
         raise CheckpointError(f"{root}: the processors have different eps: {sorted(epsilons)}")
@@ -173,7 +180,8 @@ def _read_stats(root: Path, step: Mapping[str, Any], key: str) -> FeatureStats |
         return None
     where = f"{file.path}: {key}"
     stats = feature_stats(values, where)
-    shape = step.get("features", {}).get(key, {}).get("shape")
+    features = member({"features": {}, **step}, "features", dict, where)
+    shape = member({key: {}, **features}, key, dict, where).get("shape")
     if shape is not None and length(stats) is not None and [length(stats)] != shape:
         raise CheckpointError(f"{where} has statistics of length {length(stats)}, expected {shape}")
     return stats
@@ -191,7 +199,10 @@ def _delta_mask(pre: Steps, post: Steps, action_dim: int, root: Path) -> tuple[b
         raise CheckpointError(
             f"{root}: absolute_actions_processor is enabled without a relative_actions_processor"
         )
-    names = relative.get("action_names") or []
-    excluded = [str(joint).lower() for joint in relative.get("exclude_joints") or [] if joint]
+    given = {name: value for name, value in relative.items() if value is not None}
+    options = {"action_names": [], "exclude_joints": [], **given}
+    names = member(options, "action_names", list, root)
+    joints = member(options, "exclude_joints", list, root)
+    excluded = [str(joint).lower() for joint in joints if joint]
     mask = [not any(joint in str(name).lower() for joint in excluded) for name in names]
     return tuple((mask + [True] * action_dim)[:action_dim])

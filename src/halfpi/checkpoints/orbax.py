@@ -82,7 +82,7 @@ class OrbaxTree:
             "driver": self._driver,
             "kvstore": {
                 "driver": "ocdbt",
-                "base": f"file://{self.directory.resolve()}/",
+                "base": {"driver": "file", "path": f"{self.directory.resolve()}/"},
                 "path": f"{key}/",
             },
             "fill_missing_data_reads": self._may_have_holes,

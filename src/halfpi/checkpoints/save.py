@@ -8,6 +8,7 @@ from pathlib import Path
 from halfpi.checkpoints.checkpoint import Checkpoint
 from halfpi.checkpoints.contents import StoredTensor
 from halfpi.checkpoints.convert import convert
+from halfpi.checkpoints.processing_fields import build_processing
 from halfpi.config import ProcessingConfig
 from halfpi.model import Pi05
 
@@ -23,8 +24,10 @@ def save_model(
 ) -> Path:
     """Write `model` with its processing as the directory `target`, and return its path.
 
-    tokenizer: a tokenizer.json or .model to copy beside the weights. dtype and overwrite as in
-    `convert`, which this is; so are its errors.
+    tokenizer: a tokenizer.json or .model to copy beside the weights. dtype and overwrite: as in
+    `convert`.
+
+    Raises CheckpointError as `convert` does, and when `processing` does not fit the model.
     """
     stored = {
         name: StoredTensor(name, tuple(tensor.shape), tensor.dtype, tensor.detach().cpu)
@@ -34,7 +37,7 @@ def save_model(
         path=Path(target),
         format="halfpi",
         config=model.config,
-        processing=processing,
+        processing=build_processing(model.config, vars(processing), {}),
         tokenizer_path=tokenizer,
         unused=(),
         assumptions=(),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from halfpi.checkpoints.errors import CheckpointError
+from halfpi.checkpoints.json_files import is_number
 from halfpi.config import FeatureStats
 
 
@@ -27,14 +27,16 @@ def feature_stats(values: Mapping[str, Any], where: str) -> FeatureStats:
 
 
 def check_stats(stats: FeatureStats, where: str) -> None:
-    """Raise CheckpointError for statistics of unequal lengths, NaN and infinity."""
+    """Raise CheckpointError for statistics of unequal lengths and for what is no finite number."""
     present = {name: value for name, value in vars(stats).items() if value is not None}
     lengths = {name: len(value) for name, value in present.items()}
     if len(set(lengths.values())) > 1:
         raise CheckpointError(f"{where} has statistics of unequal lengths: {lengths}")
     for name, value in present.items():
-        if not all(map(math.isfinite, value)):
-            raise CheckpointError(f"{where}.{name} is not finite: {list(value)}")
+        if not all(map(is_number, value)):
+            raise CheckpointError(
+                f"{where}.{name} must be finite numbers, got {str(list(value))[:80]}"
+            )
 
 
 def length(stats: FeatureStats | None) -> int | None:
@@ -44,6 +46,6 @@ def length(stats: FeatureStats | None) -> int | None:
 
 
 def _numbers(values: object, where: str) -> tuple[float, ...]:
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+    if not isinstance(values, list):
         raise CheckpointError(f"{where} must be a list of numbers, got {str(values)[:80]}")
-    return tuple(map(float, values))
+    return tuple(values)
