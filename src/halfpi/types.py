@@ -64,3 +64,15 @@ class ActionChunk:
     actions: NDArray[np.float32]
     normalized: NDArray[np.float32]
     times: StageTimes = field(default_factory=StageTimes)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a call takes over from the calls before it instead of computing it again.
+
+    cameras: whose image tokens stay those that were encoded last.
+    prefix: all that the actions are conditioned on stays: images, state and prompt.
+    """
+
+    cameras: frozenset[str] = frozenset()
+    prefix: bool = False
