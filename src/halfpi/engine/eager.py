@@ -1,4 +1,4 @@
-"""The stages in plain torch on any device: the baseline of every other engine, and what a CPU runs."""
+"""The stages in plain torch on any device: the baseline of other engines, and what a CPU runs."""
 
 from __future__ import annotations
 
@@ -84,12 +84,11 @@ class EagerEngine:
     def _image_tokens(self, images: Tensor, places: list[int], kept: Collection[int]) -> Tensor:
         """Tokens (1, n·t, d) of the cameras at `places`, encoded anew unless `kept`."""
         fresh = [place for place in places if place not in kept]
-        for place in places:
-            if place in kept and place not in self._tokens:
-                raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
+        for place in set(places).difference(fresh, self._tokens):
+            raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
         encoded: Tensor = self.model.vision(images[:, fresh].to(self.device))
-        by_camera = encoded.split(self.config.tokens_per_image, 1)
-        self._tokens.update(zip(fresh, by_camera, strict=False))  # none gives one empty split
+        by_camera = encoded.unflatten(1, (len(fresh), self.config.tokens_per_image)).unbind(1)
+        self._tokens.update(zip(fresh, by_camera, strict=True))
         if fresh == places:
             return encoded
         return torch.cat([self._tokens[place] for place in places], 1)

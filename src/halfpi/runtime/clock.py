@@ -64,12 +64,15 @@ class RealClock:
         sys.setswitchinterval(self._switch_s)
 
     def now(self) -> float:
+        """Seconds of `time.monotonic`."""
         return time.monotonic()
 
     def sleep_until(self, time_s: float) -> None:
+        """Sleep, for some microseconds too long."""
         time.sleep(max(0.0, time_s - time.monotonic()))
 
     def start(self, call: Callable[[], T]) -> Future[tuple[T, float]]:
+        """Begin `call` on the other thread."""
         return self._thread.submit(lambda: (call(), time.monotonic()))
 
 
@@ -97,13 +100,16 @@ class VirtualClock:
         self._running = []
 
     def now(self) -> float:
+        """Seconds slept since the clock was made."""
         return self._now
 
     def sleep_until(self, time_s: float) -> None:
+        """Let the time pass, and calls end that take until then."""
         self._now = max(self._now, time_s)
         self._hand_over()
 
     def start(self, call: Callable[[], T]) -> Future[tuple[T, float]]:
+        """Execute `call` now, for the next of the latencies."""
         future: Future[tuple[T, float]] = Future()
         ready_s = self._now + next(self._latencies_s)
         try:

@@ -16,8 +16,8 @@ class Plan:
 
     step: the number of row 0. Steps count the actions that a run has executed, so a plan that is
     late or held up still lines up with the plans before it.
-    actions: float32 (r, robot_action_dim). normalized: float32 (r, a), the same as the model has it.
-    observation: what the actions were inferred from. observed_s: when it was made.
+    actions: float32 (r, robot_action_dim). normalized: float32 (r, a), the same as the model has
+    them. observation: what they were inferred from. observed_s: when it was made.
     """
 
     step: int

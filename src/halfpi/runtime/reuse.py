@@ -1,4 +1,4 @@
-"""Reuse: not computing again what has hardly changed since the last call. All of it is off by default.
+"""Reuse: not computing again what has hardly changed since the last call. Off unless asked for.
 
 Three modes. A camera's image tokens serve again while its picture stays the same. A prefix serves
 several calls, which then only denoise. The tokens of a prompt are looked up. The first two are

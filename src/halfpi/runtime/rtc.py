@@ -46,10 +46,12 @@ class GuidedRtc(Asynchronous):
         self.max_gain = max_gain
 
     def start(self, horizon: int) -> None:
+        """Also checks that the execution horizon fits."""
         require_in("execution_horizon", self.execution_horizon, 1, horizon)
         super().start(horizon)
 
     def request(self, plan: Plan, delay: int | None) -> Request:
+        """Guidance towards what is left of the plan, all of it decided if the delay is unknown."""
         overlap = min(self.execution_horizon, len(plan))
         if not overlap:
             return Request()
@@ -72,10 +74,12 @@ class TrainedRtc(Asynchronous):
         self.max_delay = max_delay
 
     def start(self, horizon: int) -> None:
+        """Also checks that the longest delay fits."""
         require_in("max_delay", self.max_delay, 1, horizon)
         super().start(horizon)
 
     def request(self, plan: Plan, delay: int | None) -> Request:
+        """The actions that the call's delay will use up, or the most allowed if it is unknown."""
         count = self.max_delay if delay is None else min(delay, self.max_delay)
         return Request(given=plan.first(count).normalized if len(plan) else None)
 

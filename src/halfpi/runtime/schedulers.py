@@ -43,10 +43,10 @@ class Scheduler(ABC):
         """Whether to begin a call; asked at every tick at which none is running."""
 
     def request(self, plan: Plan, delay: int | None) -> Request:  # noqa: ARG002 (for subclasses)
-        """What to tell the call that begins with `plan` in execution; pure, for it runs beside the loop.
+        """What to tell the call that begins with `plan` in execution.
 
-        delay: how many actions of the plan will probably be executed before the call returns; None
-        if that is not known yet.
+        It runs beside the loop and changes nothing. delay: how many actions of the plan will
+        probably be executed before the call returns; None if that is not known yet.
         """
         return Request()
 
@@ -59,6 +59,7 @@ class SynchronousChunk(Scheduler):
     """Execute a chunk to its end, then hold still until the next one is there."""
 
     def due(self, plan: Plan) -> bool:
+        """At the end of the plan."""
         return not len(plan)
 
 
@@ -72,10 +73,12 @@ class RecedingHorizon(SynchronousChunk):
         self.execute = execute
 
     def start(self, horizon: int) -> None:
+        """Also checks that a chunk has as many actions as are to be executed."""
         require_in("execute", self.execute, 1, horizon)
         super().start(horizon)
 
     def merge(self, plan: Plan, chunk: Plan) -> Plan:
+        """The first actions of `chunk`."""
         return super().merge(plan, chunk.first(self.execute))
 
 
@@ -90,10 +93,12 @@ class Asynchronous(Scheduler):
         self.threshold = threshold
 
     def start(self, horizon: int) -> None:
+        """Also checks that the threshold is below the horizon."""
         require_in("threshold", self.threshold, 0, horizon - 1)
         super().start(horizon)
 
     def due(self, plan: Plan) -> bool:
+        """At the threshold."""
         return len(plan) <= self.threshold
 
 
@@ -110,13 +115,16 @@ class TemporalEnsemble(Scheduler):
         self.decay = decay
 
     def start(self, horizon: int) -> None:
+        """Forget the chunks of the run before."""
         super().start(horizon)
         self._chunks: list[Plan] = []
 
     def due(self, plan: Plan) -> bool:  # noqa: ARG002
+        """Always."""
         return True
 
     def merge(self, plan: Plan, chunk: Plan) -> Plan:
+        """The weighted mean of `chunk` and those before it, as far as each of them reaches."""
         known = [old.since(plan.step) for old in (*self._chunks, chunk)]
         self._chunks = [old for old in known if len(old)]
         newest = known[-1]
@@ -151,14 +159,17 @@ class AdaptiveHorizon(Asynchronous):
         self.disagreement = disagreement
 
     def start(self, horizon: int) -> None:
+        """Also checks that a chunk has as many actions as are to be executed at least."""
         require_in("shortest", self.shortest, 1, horizon)
         super().start(horizon)
         self._replan_at = 0
 
     def due(self, plan: Plan) -> bool:
+        """At the threshold, or before it where the plan is not to be trusted any longer."""
         return super().due(plan) or plan.step >= self._replan_at
 
     def merge(self, plan: Plan, chunk: Plan) -> Plan:
+        """Switch to `chunk`, and decide how long to trust it."""
         merged = super().merge(plan, chunk)
         execute = self.shortest
         if self._distance(plan, merged) <= self.disagreement:
