@@ -86,11 +86,10 @@ class EagerEngine:
         fresh = [place for place in places if place not in kept]
         for place in set(places).difference(fresh, self._tokens):
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
-        encoded: Tensor = self.model.vision(images[:, fresh].to(self.device))
-        by_camera = encoded.unflatten(1, (len(fresh), self.config.tokens_per_image)).unbind(1)
-        self._tokens.update(zip(fresh, by_camera, strict=True))
-        if fresh == places:
-            return encoded
+        if fresh:
+            encoded: Tensor = self.model.vision(images[:, fresh].to(self.device))
+            shape = (1, len(fresh), self.config.tokens_per_image, self.config.prefix_width)
+            self._tokens.update(zip(fresh, encoded.view(shape).unbind(1), strict=True))
         return torch.cat([self._tokens[place] for place in places], 1)
 
     @contextmanager
