@@ -47,7 +47,7 @@ def random_pi05() -> Callable[..., Pi05]:
 
     def build(config: Pi05Config = TINY, seed: int = 0) -> Pi05:
         generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):  # its initialisation draws from the global generator
+        with torch.random.fork_rng(devices=[]):  # initialisation draws from the global one
             torch.manual_seed(seed)
             model = Pi05(config)
         with torch.no_grad():

@@ -37,6 +37,8 @@ class Policy:
         self.engine = engine
         self.num_steps = _checked_steps(num_steps)
         self._generator = torch.Generator().manual_seed(seed)
+        self._prefix_of: Observation | None = None
+        self._age = 0
 
     @property
     def horizon(self) -> int:
@@ -50,6 +52,7 @@ class Policy:
     def reset(self) -> None:
         """Forget the calls so far: the next has nothing to keep."""
         self.engine.forget()
+        self._prefix_of, self._age = None, 0
 
     def infer(
         self,
@@ -67,7 +70,7 @@ class Policy:
         the chunk, normalised as in `ActionChunk.normalized`, if they are already decided
         (training-time real-time chunking). guidance: of h actions, pulls the chunk towards a plan.
         num_steps: Euler steps of this call, instead of the policy's. keep: what to take over from
-        earlier calls.
+        earlier calls; with a kept prefix, `given` and `guidance` count from its observation, too.
 
         Raises ValueError that names what is wrong with the observation or an argument.
         """
@@ -82,11 +85,14 @@ class Policy:
         processing_ms = (time.perf_counter() - began) * 1000
         normalized, times = self.engine.run(inputs, start, steps, decided, guidance, kept)
         began = time.perf_counter()
-        actions = self.processor.outputs(normalized.numpy(), observation)
+        if self._prefix_of is None or not keep.prefix:
+            self._prefix_of, self._age = observation, 0
+        else:
+            self._age += 1
+        actions = self.processor.outputs(normalized.numpy(), self._prefix_of)
         processing_ms += (time.perf_counter() - began) * 1000
-        return ActionChunk(
-            actions, normalized.numpy(), dataclasses.replace(times, processing_ms=processing_ms)
-        )
+        times = dataclasses.replace(times, processing_ms=processing_ms)
+        return ActionChunk(actions, normalized.numpy(), times, self._age)
 
     def rebase(
         self, normalized: NDArray[np.float32], was: Observation, now: Observation

@@ -28,10 +28,13 @@ def counting(call: int) -> NDArray[np.float32]:
 class ScriptedPolicy:
     """Call i gives the chunk `script(i)`, of one action dimension; the model has one more, of ones.
 
+    Its age is `age(i)`.
+
     Actions are relative to the state, as seen by the model: a robot that is further on sees less.
     """
 
     script: Script = counting
+    age: Callable[[int], int] = lambda call: 0
     horizon: int = 8
     requests: list[Request] = field(default_factory=list)
     resets: int = 0
@@ -47,8 +50,10 @@ class ScriptedPolicy:
         guidance: Guidance | None = None,
     ) -> ActionChunk:
         self.requests.append(Request(given, guidance))
-        actions = self.script(len(self.requests) - 1)[:, None]
-        return ActionChunk(actions, np.hstack([actions, np.ones_like(actions)]))
+        call = len(self.requests) - 1
+        actions = self.script(call)[:, None]
+        normalized = np.hstack([actions, np.ones_like(actions)])
+        return ActionChunk(actions, normalized, age=self.age(call))
 
     def rebase(
         self, normalized: NDArray[np.float32], was: Observation, now: Observation

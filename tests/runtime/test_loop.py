@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -163,6 +164,17 @@ def test_the_age_of_an_action_is_that_of_its_observation(simulate: Simulate) -> 
     np.testing.assert_allclose(report.ages_ms, [200, 300, 400, 500, 600, 700, 200, 300])
 
 
+def test_a_chunk_of_a_kept_prefix_begins_at_the_observation_of_the_prefix(
+    simulate: Simulate,
+) -> None:
+    simulation = simulate(Asynchronous(4))
+    simulation.policy.age = lambda call: call % 2
+    report = simulation.run(11)
+    # Calls 1 and 3 begin where 0 and 2 did, four actions earlier.
+    assert simulation.robot.actions == [0, 1, 2, 3, 104, 200, 201, 202, 203, 304, 400]
+    np.testing.assert_allclose(report.ages_ms[3:6], [300, 400, 0])
+
+
 def test_the_delay_estimate_forgives_a_slow_call() -> None:
     estimate = DelayEstimate()
     assert estimate.actions is None
@@ -255,3 +267,25 @@ def test_on_a_real_clock_the_loop_goes_on_while_a_call_hangs() -> None:
     assert report.held_ticks >= 4
     assert len(policy.threads) == 1
     assert threading.get_ident() not in policy.threads
+
+
+def test_a_real_time_priority_is_the_loops_alone_and_ends_with_the_run() -> None:
+    def policy_of_thread() -> int:
+        return os.sched_getscheduler(0)
+
+    before = policy_of_thread()
+    try:
+        clock = RealClock(priority=1).__enter__()
+    except PermissionError as error:
+        pytest.skip(f"real-time priorities are not allowed here: {error}")
+    try:
+        assert policy_of_thread() == os.SCHED_FIFO
+        assert clock.start(policy_of_thread).result()[0] == before
+    finally:
+        clock.__exit__(None, None, None)
+    assert policy_of_thread() == before
+
+
+def test_a_priority_that_the_system_refuses() -> None:
+    with pytest.raises(PermissionError, match=r"priority 100 was refused .*\[1, 99\]"):
+        RealClock(priority=100).__enter__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -17,10 +18,12 @@ from halfpi.model import Guidance, Pi05
 from halfpi.policy import Policy
 from halfpi.processing.pipeline import Processor
 from halfpi.runtime import (
+    Asynchronous,
     ControlLoop,
     GuidedRtc,
     ReuseConfig,
     ReusingPolicy,
+    Scheduler,
     TrainedRtc,
     VirtualClock,
 )
@@ -135,6 +138,15 @@ def test_image_tokens_age_no_further_than_allowed(policy: Policy) -> None:
         assert (report.misses, report.hits, report.max_age) == (3, 4, 2)
 
 
+def test_image_tokens_also_age_in_calls_that_keep_the_prefix(policy: Policy) -> None:
+    reusing = ReusingPolicy(policy, ReuseConfig(camera_change=1.0, max_age=4, prefix_calls=2))
+    for _ in range(9):
+        infer(reusing, observation())
+    # Prefixes are computed in calls 0, 2, 4, 6 and 8; in call 6 the tokens would be 6 calls old.
+    report = reusing.reports["camera scene"]
+    assert (report.misses, report.hits, report.max_age) == (2, 3, 4)
+
+
 def test_a_camera_may_come_and_go(policy: Policy) -> None:
     reusing = ReusingPolicy(policy, ReuseConfig(camera_change=0.0, always_encode=("wrist",)))
     both = observation()
@@ -158,10 +170,29 @@ def test_a_prefix_serves_as_many_calls_as_asked(policy: Policy) -> None:
 def test_a_kept_prefix_equals_computing_the_same_frame_again(policy: Policy) -> None:
     reusing = ReusingPolicy(policy, ReuseConfig(prefix_calls=2))
     infer(reusing, observation())
-    chunk = reusing.infer(observation(), noise=-NOISE, given=NOISE[:2])
-    again = policy.infer(observation(), noise=-NOISE, given=NOISE[:2])
+    chunk = reusing.infer(observation(), noise=-NOISE)
+    again = policy.infer(observation(), noise=-NOISE)
     np.testing.assert_array_equal(chunk.normalized, again.normalized)
     assert chunk.times.vision_ms == chunk.times.prefill_ms == 0 < chunk.times.denoise_ms
+
+
+def test_actions_of_a_kept_prefix_are_relative_to_the_state_it_has_seen(policy: Policy) -> None:
+    config = dataclasses.replace(policy.processor.config, delta_mask=(True,))
+    policy.processor = Processor(config, policy.processor.action_dim, policy.processor.tokenizer)
+    reusing = ReusingPolicy(policy, ReuseConfig(prefix_calls=2))
+    chunks = [reusing.infer(observation(state=state)) for state in (0.25, 0.5, 0.75)]
+    assert [chunk.age for chunk in chunks] == [0, 1, 0]
+    offsets = [chunk.actions[:, 0] - chunk.normalized[:, 0] for chunk in chunks]
+    np.testing.assert_allclose(np.stack(offsets)[:, 0], [0.25, 0.25, 0.75], atol=1e-6)
+
+
+def test_a_call_that_is_told_of_the_plan_computes_its_prefix(policy: Policy) -> None:
+    reusing = ReusingPolicy(policy, ReuseConfig(prefix_calls=5))
+    guidance = Guidance(torch.zeros(7, 6), torch.zeros(7))
+    infer(reusing, observation())
+    assert reusing.infer(observation(scene=9), given=NOISE[:1]).age == 0
+    assert reusing.infer(observation(scene=9), guidance=guidance).age == 0
+    assert reusing.reports["prefix"].hits == 0
 
 
 @pytest.mark.parametrize("change", ["prompt", "cameras", "reset", "failure"])
@@ -266,10 +297,10 @@ class StillRobot:
         self.actions.append(action)
 
 
-@pytest.mark.parametrize("scheduler", [GuidedRtc(4, execution_horizon=5), TrainedRtc(4, 3)])
-def test_a_loop_runs_the_real_policy_with_reuse(
-    policy: Policy, scheduler: GuidedRtc | TrainedRtc
-) -> None:
+@pytest.mark.parametrize(
+    "scheduler", [Asynchronous(4), GuidedRtc(4, execution_horizon=5), TrainedRtc(4, 3)]
+)
+def test_a_loop_runs_the_real_policy_with_reuse(policy: Policy, scheduler: Scheduler) -> None:
     reusing = ReusingPolicy(policy, ReuseConfig(camera_change=0.1, prefix_calls=2))
     robot = StillRobot()
     clock = VirtualClock(iter([0.2] * 100))

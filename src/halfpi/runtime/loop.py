@@ -115,6 +115,7 @@ class ControlLoop:
         self.report = LoopReport(self.rate_hz)
         self._plan = NO_PLAN
         self._flight: _Flight | None = None
+        self._origin: _Flight | None = None
         self._last_action: Action | None = None
         with self.clock:
             for tick in self._ticks(max_ticks):
@@ -166,10 +167,13 @@ class ControlLoop:
             return
         chunk, ready_s = flight.future.result()
         self._record(flight, ready_s, None)
+        if self._origin is None or chunk.age == 0:
+            self._origin = flight
+        origin = self._origin  # an earlier call, if the policy has kept its prefix
         arrived = Plan(
-            flight.plan.step, chunk.actions, chunk.normalized, flight.observation, flight.began_s
+            origin.plan.step, chunk.actions, chunk.normalized, origin.observation, origin.began_s
         )
-        self._plan = self.scheduler.merge(self._rebased(self._plan, flight.observation), arrived)
+        self._plan = self.scheduler.merge(self._rebased(self._plan, origin.observation), arrived)
 
     def _record(self, flight: _Flight, ended_s: float, error: str | None) -> None:
         consumed = self._plan.step - flight.plan.step

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ from halfpi.types import ActionChunk, Keep, Observation
 # for a hand or an object to fill a pixel.
 _PICTURE_SIZE = 16
 _PROMPTS = 256
+_RECENT = 50
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class ReuseConfig:
     changed by more than this fraction of full brightness since it was encoded; None always encodes.
     always_encode: cameras excepted from that. Name the wrist's, which sees what the hand does.
     max_age: calls in a row that may do without encoding a camera.
-    prefix_calls: calls in a row that may share a prefix; 1 computes it for each.
+    prefix_calls: calls in a row that may share a prefix; 1 computes it for each. A chunk begins at
+    the observation of its prefix, so this is for schedulers that execute a part of each. Calls that
+    are told of the plan, by real-time chunking, always compute theirs.
     prompt_tokens: remember the tokens of recent prompts.
 
     Raises ValueError if a number is out of its range.
@@ -67,14 +71,14 @@ class ReuseReport:
 
     def __init__(self) -> None:
         self.hits = self.misses = self.age = self.max_age = 0
-        self._costs_ms: list[float] = []
+        self._costs_ms: deque[float] = deque(maxlen=_RECENT)
         self._overhead_ms = 0.0
 
     @property
     def saved_ms(self) -> float:
-        """What the hits would have cost at the mean cost of a miss, less what deciding cost."""
-        mean_ms = float(np.mean(self._costs_ms)) if self._costs_ms else 0.0
-        return self.hits * mean_ms - self._overhead_ms
+        """What the hits would have cost at the median of recent misses, less what deciding cost."""
+        miss_ms = float(np.median(self._costs_ms)) if self._costs_ms else 0.0
+        return self.hits * miss_ms - self._overhead_ms
 
     def hit(self, age: int, overhead_ms: float = 0.0) -> None:
         """Count a reuse of something `age` calls old."""
@@ -150,7 +154,9 @@ class ReusingPolicy:
         num_steps: int | None = None,
     ) -> ActionChunk:
         """As `Policy.infer`, keeping what may be kept. A call that fails forgets everything."""
-        prefix = self._prefix.serves(observation)
+        # A plan counts from the present observation: an older prefix would misplace it.
+        alone = given is None and guidance is None
+        prefix = alone and self._prefix.serves(observation)
         cameras = frozenset[str]() if prefix else self._cameras.unchanged(observation)
         try:
             chunk = self._policy.infer(
@@ -164,7 +170,9 @@ class ReusingPolicy:
         except Exception:
             self.reset()
             raise
-        if not prefix:
+        if prefix:
+            self._cameras.grow_older()
+        else:
             self._cameras.count(observation, cameras, chunk.times.vision_ms)
         self._prefix.count(observation, prefix, chunk)
         return chunk
@@ -172,7 +180,7 @@ class ReusingPolicy:
 
 @dataclass
 class _Encoded:
-    """The picture whose tokens the engine holds, and how many calls ago it was taken."""
+    """The picture whose tokens the engine holds, and its age in calls."""
 
     picture: Tensor
     age: int = 0
@@ -208,12 +216,16 @@ class _Cameras:
         difference = (self._pictures[camera] - encoded.picture).abs().max()
         return float(difference) / 2 <= change  # the model's pixels are in [-1, 1]
 
+    def grow_older(self) -> None:
+        for encoded in self._encoded.values():
+            encoded.age += 1
+
     def count(self, observation: Observation, kept: frozenset[str], vision_ms: float) -> None:
+        self.grow_older()
         fresh = len(observation.images) - len(kept)
         for camera, picture in self._pictures.items():
             report = self.reports[camera]
             if camera in kept:
-                self._encoded[camera].age += 1
                 report.hit(self._encoded[camera].age, self._overhead_ms)
             else:
                 self._encoded[camera] = _Encoded(picture)

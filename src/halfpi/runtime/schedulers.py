@@ -51,7 +51,10 @@ class Scheduler(ABC):
         return Request()
 
     def merge(self, plan: Plan, chunk: Plan) -> Plan:
-        """The plan after `chunk` has arrived; both are normalised for the same observation."""
+        """The plan after `chunk` has arrived; both are normalised for the same observation.
+
+        `chunk` begins at the step of its observation, which is at or before the plan's.
+        """
         return chunk.since(plan.step)
 
 
@@ -79,7 +82,7 @@ class RecedingHorizon(SynchronousChunk):
 
     def merge(self, plan: Plan, chunk: Plan) -> Plan:
         """The first actions of `chunk`."""
-        return super().merge(plan, chunk.first(self.execute))
+        return super().merge(plan, chunk).first(self.execute)
 
 
 class Asynchronous(Scheduler):
