@@ -7,6 +7,7 @@ What a command does is in `halfpi.commands`, which is imported only when the com
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -95,15 +96,13 @@ class Record:
     """Meta-World tasks, or the groups "all" and "precise"."""
     episodes: int = 60
     """Demonstrations of each task to try; those that the expert fails are left out."""
-    image_size: int = 84
-    """Height and width of the images."""
     workers: int | None = None
     """Processes; one a core by default."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a nano policy on recordings, and write it as a checkpoint when the last step is done.
+    """Train a nano policy on recordings, and write it as a checkpoint.
 
     A training that was stopped, or is asked for more steps, goes on from where it was.
     """
@@ -111,7 +110,7 @@ class Train:
     recordings: Positional[Path]
     """Directory that 'halfpi record' wrote."""
     output: Positional[Path]
-    """Directory for the training state, and under "policy" the finished checkpoint."""
+    """Directory for the training state, and under "policy" the checkpoint."""
     steps: int = 40_000
     """Optimizer steps in all."""
     batch_size: int = 64
@@ -203,8 +202,14 @@ def main() -> None:
         prog="halfpi",
         description="A real-time inference engine for the robot policy π0.5.",
     )
+    warnings.showwarning = _note
     module, function = next(where for kind, *where in COMMANDS.values() if kind is type(options))
     try:
         getattr(import_module(f"halfpi.commands.{module}"), function)(options)
     except (ValueError, OSError) as error:
         sys.exit(f"halfpi: {error}")
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line for the user, without the place in the code."""
+    print(f"halfpi: note: {message}", file=sys.stderr)  # noqa: T201

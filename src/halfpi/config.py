@@ -117,7 +117,6 @@ class ProcessingConfig:
     prompt_state_dim: int | None = None
     max_prompt_tokens: int = 200
     default_prompt: str | None = None
-    tokenizer: str | None = None
 
     robot: RobotName = "none"
     robot_action_dim: int = 32
@@ -162,7 +161,7 @@ PRESETS: Mapping[str, Pi05Config] = {
     "pi05-libero": Pi05Config(horizon=10),
     "pi05-droid": Pi05Config(horizon=15),
     "nano": Pi05Config(
-        image_size=84,
+        image_size=112,
         vision_width=192,
         vision_mlp=512,
         vision_depth=4,

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from halfpi import checkpoints
 from halfpi.commands.console import notes, output, print_json
+from halfpi.config import ProcessingConfig
 from halfpi.policy import NANO, load_policy
 from halfpi.types import Observation
 
@@ -34,7 +35,7 @@ def inspect(options: Inspect) -> None:
     output.print(_table("parameters", {**summary.parameters, "all": total}))
     output.print(_table("stored dtypes", summary.dtypes))
     output.print(_table("architecture", dataclasses.asdict(summary.config)))
-    output.print(_table("processing", dataclasses.asdict(summary.processing)))
+    output.print(_table("processing", _processing_rows(summary.processing)))
     output.print(f"tokenizer: {summary.tokenizer_path or 'none in the checkpoint'}")
     if summary.unused:
         output.print(f"stored but never used in inference: {', '.join(summary.unused)}")
@@ -110,8 +111,17 @@ def _read_image(file: str) -> NDArray[np.uint8]:
         raise ValueError(f"{file} is not an image that Pillow can read") from error
 
 
+def _processing_rows(processing: ProcessingConfig) -> dict[str, object]:
+    rows = dataclasses.asdict(processing)
+    for name in ("state_stats", "action_stats"):
+        known = [key for key, values in (rows[name] or {}).items() if values is not None]
+        rows[name] = ", ".join(known) or None
+    return rows
+
+
 def _table(title: str, rows: Mapping[str, object]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        table.add_row(name, f"{value:,}" if is_count else str(value))
     return table
