@@ -201,6 +201,11 @@ def test_the_summary_leaves_out_the_warm_up() -> None:
     assert (summary["latency_p99_ms"], summary["calls"], summary["failed_calls"]) == (20.0, 3, 1)
 
 
+def test_latencies_may_not_run_out(simulate: Simulate) -> None:
+    with pytest.raises(ValueError, match="latencies_s has no latency for another call"):
+        simulate(SynchronousChunk(), [0.1]).run(20)
+
+
 def test_a_rate_must_be_positive(simulate: Simulate) -> None:
     simulation = simulate(SynchronousChunk())
     with pytest.raises(ValueError, match="rate_hz must be positive, got 0"):

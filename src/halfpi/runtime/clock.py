@@ -129,9 +129,12 @@ class VirtualClock:
         self._hand_over()
 
     def start(self, call: Callable[[], T]) -> Future[tuple[T, float]]:
-        """Execute `call` now, for the next of the latencies."""
+        """Execute `call` now, for the next of the latencies; raises ValueError if there is none."""
+        latency_s = next(self._latencies_s, None)
+        if latency_s is None:
+            raise ValueError("latencies_s has no latency for another call")
         future: Future[tuple[T, float]] = Future()
-        ready_s = self._now + next(self._latencies_s)
+        ready_s = self._now + latency_s
         try:
             outcome = (call(), ready_s)
         except Exception as error:  # noqa: BLE001 (whoever asks the future gets it)
