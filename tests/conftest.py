@@ -47,7 +47,9 @@ def random_pi05() -> Callable[..., Pi05]:
 
     def build(config: Pi05Config = TINY, seed: int = 0) -> Pi05:
         generator = torch.Generator().manual_seed(seed)
-        model = Pi05(config)
+        with torch.random.fork_rng(devices=[]):  # initialisation draws from the global one
+            torch.manual_seed(seed)
+            model = Pi05(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 25

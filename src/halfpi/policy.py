@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint
 from halfpi.engine import EagerEngine
+from halfpi.model import Guidance
 from halfpi.processing.pipeline import Processor
 from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
-from halfpi.types import ActionChunk, Observation
+from halfpi.types import ActionChunk, Keep, Observation
 
 NANO = Path(__file__).parent / "assets" / "nano"
+NOTHING = Keep()
 
 
 class Policy:
@@ -35,6 +37,8 @@ class Policy:
         self.engine = engine
         self.num_steps = _checked_steps(num_steps)
         self._generator = torch.Generator().manual_seed(seed)
+        self._prefix_of: Observation | None = None
+        self._age = 0
 
     @property
     def horizon(self) -> int:
@@ -45,36 +49,78 @@ class Policy:
         """Start the noise anew from `seed`."""
         self._generator.manual_seed(seed)
 
+    def reset(self) -> None:
+        """Forget the calls so far: the next has nothing to keep."""
+        self.engine.forget()
+        self._prefix_of, self._age = None, 0
+
     def infer(
         self,
         observation: Observation,
         *,
         noise: NDArray[np.float32] | None = None,
         given: NDArray[np.float32] | None = None,
+        guidance: Guidance | None = None,
         num_steps: int | None = None,
+        keep: Keep = NOTHING,
     ) -> ActionChunk:
         """One chunk of actions for `observation`.
 
         noise: float32 (h, a), drawn if absent. given: float32 (d, a), d ≤ h, the first actions of
         the chunk, normalised as in `ActionChunk.normalized`, if they are already decided
-        (training-time real-time chunking). num_steps: Euler steps of this call, instead of the
-        policy's.
+        (training-time real-time chunking). guidance: of h actions, pulls the chunk towards a plan.
+        num_steps: Euler steps of this call, instead of the policy's. keep: what to take over from
+        earlier calls; with a kept prefix, `given` and `guidance` count from its observation, too.
 
         Raises ValueError that names what is wrong with the observation or an argument.
         """
         steps = self.num_steps if num_steps is None else _checked_steps(num_steps)
         began = time.perf_counter()
-        inputs = self.processor.inputs(observation)
+        kept = self._places(keep.cameras)
+        inputs = None if keep.prefix else self.processor.inputs(observation)
         start = self._noise(noise)
         decided = None if given is None else self._checked("given", given)
+        if guidance is not None:
+            self._check_guidance(guidance)
         processing_ms = (time.perf_counter() - began) * 1000
-        normalized, times = self.engine.run(inputs, start, steps, decided)
+        normalized, times = self.engine.run(inputs, start, steps, decided, guidance, kept)
         began = time.perf_counter()
-        actions = self.processor.outputs(normalized.numpy(), observation)
+        if self._prefix_of is None or not keep.prefix:
+            self._prefix_of, self._age = observation, 0
+        else:
+            self._age += 1
+        actions = self.processor.outputs(normalized.numpy(), self._prefix_of)
         processing_ms += (time.perf_counter() - began) * 1000
-        return ActionChunk(
-            actions, normalized.numpy(), dataclasses.replace(times, processing_ms=processing_ms)
-        )
+        times = dataclasses.replace(times, processing_ms=processing_ms)
+        return ActionChunk(actions, normalized.numpy(), times, self._age)
+
+    def rebase(
+        self, normalized: NDArray[np.float32], was: Observation, now: Observation
+    ) -> NDArray[np.float32]:
+        """Actions `normalized` (r, a) that were planned at `was`, as they are normalised at `now`.
+
+        It is for `given` and `guidance`, and only changes actions that are relative to the state.
+        """
+        return self.processor.rebase(normalized, was, now)
+
+    def _places(self, cameras: frozenset[str]) -> list[int]:
+        known = self.processor.config.cameras
+        unknown = sorted(cameras.difference(known))
+        if unknown:
+            raise ValueError(f"cannot keep camera {unknown[0]!r}: expected one of {known}")
+        return [known.index(camera) for camera in cameras]
+
+    def _check_guidance(self, guidance: Guidance) -> None:
+        rows, columns = self.horizon, self.engine.config.action_dim
+        shapes = {"target": (rows, columns), "weights": (rows,)}
+        for name, shape in shapes.items():
+            values: torch.Tensor = getattr(guidance, name)
+            if values.shape != shape:
+                raise ValueError(
+                    f"the guidance's {name} must have shape {shape}, got {tuple(values.shape)}"
+                )
+            if not values.isfinite().all():
+                raise ValueError(f"the guidance's {name} must be finite, got NaN or infinity")
 
     def _noise(self, noise: NDArray[np.float32] | None) -> torch.Tensor:
         if noise is None:

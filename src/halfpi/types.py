@@ -59,8 +59,24 @@ class ActionChunk:
 
     actions: float32 (h, robot_action_dim), in the robot's own units, ready to execute.
     normalized: float32 (h, a), as the model gave them; what real-time chunking feeds back.
+    age: row 0 belongs to the observation of the call that many calls ago. Above 0 only where a
+    prefix was kept.
     """
 
     actions: NDArray[np.float32]
     normalized: NDArray[np.float32]
     times: StageTimes = field(default_factory=StageTimes)
+    age: int = 0
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a call takes over from the calls before it instead of computing it again.
+
+    cameras: whose image tokens stay those that were encoded last.
+    prefix: all that the actions are conditioned on stays: images, state and prompt. The chunk then
+    begins at the observation that the prefix was computed from.
+    """
+
+    cameras: frozenset[str] = frozenset()
+    prefix: bool = False

@@ -128,6 +128,41 @@ def test_aloha_adds_deltas_in_the_model_s_units(table_tokenizer: Tokenizer) -> N
     np.testing.assert_allclose(still[:, joints], np.tile(state[joints], (4, 1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(
+            LIBERO,
+            delta_mask=(True, False) * 3,
+            action_stats=FeatureStats(q01=(-3.0,) * 7, q99=(1.0,) * 7),
+        ),
+        ProcessingConfig(robot="aloha", robot_action_dim=14, delta_mask=(True,) * 6),
+    ],
+    ids=["libero", "aloha"],
+)
+def test_rebased_actions_lead_to_the_same_place(
+    config: ProcessingConfig, table_tokenizer: Tokenizer
+) -> None:
+    processor = Processor(config, 32, table_tokenizer)
+    state = np.linspace(-0.5, 0.5, 8 if config.robot == "libero" else 14, dtype=np.float32)
+    was, now = observation(state), observation(-state)
+    normalized = np.random.default_rng(1).normal(size=(5, 32)).astype(np.float32)
+    rebased = processor.rebase(normalized, was, now)
+    relative = np.flatnonzero(config.delta_mask or ())
+    untouched = np.setdiff1d(np.arange(32), relative)
+    np.testing.assert_array_equal(rebased[:, untouched], normalized[:, untouched])
+    assert (rebased[:, relative] != normalized[:, relative]).all()
+    np.testing.assert_allclose(
+        processor.outputs(rebased, now), processor.outputs(normalized, was), atol=1e-5
+    )
+
+
+def test_absolute_actions_need_no_rebasing(table_tokenizer: Tokenizer) -> None:
+    normalized = np.ones((5, 32), np.float32)
+    processor = Processor(LIBERO, 32, table_tokenizer)
+    assert processor.rebase(normalized, observation(), observation(-STATE)) is normalized
+
+
 def test_malformed_outputs(table_tokenizer: Tokenizer) -> None:
     processor = Processor(LIBERO, 32, table_tokenizer)
     with pytest.raises(ValueError, match=r"actions must be \(h, 32\), got \(10, 7\)"):

@@ -3,49 +3,94 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from halfpi.model import Pi05
+from halfpi.model import Guidance, Pi05, PrefixCache
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.types import StageTimes
 
 
 class EagerEngine:
-    """Runs `model` stage by stage, one observation a call, and times each stage."""
+    """Runs `model` stage by stage, one observation a call, and times each stage.
+
+    It remembers each camera's image tokens and the prefix, for calls that keep them.
+    """
 
     def __init__(self, model: Pi05) -> None:
         self.model = model
         self.config = model.config
         self.device = model.action_in.weight.device
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what earlier calls left to keep."""
+        self._tokens: dict[int, Tensor] = {}
+        self._cache: PrefixCache | None = None
 
     @torch.inference_mode()
     def run(
-        self, inputs: ModelInputs, noise: Tensor, num_steps: int, given: Tensor | None = None
+        self,
+        inputs: ModelInputs | None,
+        noise: Tensor,
+        num_steps: int,
+        given: Tensor | None = None,
+        guidance: Guidance | None = None,
+        kept: Collection[int] = (),
     ) -> tuple[Tensor, StageTimes]:
         """Actions fp32 (h, a) on the CPU, and the milliseconds of each stage.
 
-        inputs: of batch size 1. noise: fp32 (h, a). given: fp32 (d, a), already decided actions.
+        inputs: of batch size 1; None denoises on the prefix of the call before.
+        noise: fp32 (h, a). given: fp32 (d, a), already decided actions. guidance: of h actions.
+        kept: places of cameras whose images are not read: their tokens are those encoded last.
         Masked cameras and prompt padding are left out: they change nothing but the cost.
+
+        Raises ValueError if there is nothing to keep.
         """
-        model, times = self.model, dict[str, float]()
-        images, tokens, token_mask = _valid(inputs)
-        with self._timed("vision_ms", times):
-            image_tokens = model.vision(images.to(self.device))
-        with self._timed("prefill_ms", times):
-            image_mask = torch.ones(images.shape[:2], dtype=torch.bool, device=self.device)
-            cache = model.prefill(
-                image_tokens, image_mask, tokens.to(self.device), token_mask.to(self.device)
-            )
+        times = dict[str, float]()
+        if inputs is not None:
+            self._cache = self._prefix(inputs, kept, times)
+        if self._cache is None:
+            raise ValueError("there is no prefix to keep: no call came before this one")
         with self._timed("denoise_ms", times):
-            batch_given = None if given is None else given[None].to(self.device)
-            actions = model.denoise(cache, noise[None].to(self.device), num_steps, batch_given)[
-                0
-            ].cpu()
+            actions = self.model.denoise(
+                self._cache,
+                noise[None].to(self.device),
+                num_steps,
+                None if given is None else given[None].to(self.device),
+                None if guidance is None else guidance.to(self.device),
+            )[0].cpu()
         return actions, StageTimes(**times)
+
+    def _prefix(
+        self, inputs: ModelInputs, kept: Collection[int], times: dict[str, float]
+    ) -> PrefixCache:
+        places = inputs.image_mask[0].nonzero()[:, 0].tolist()
+        length = int(inputs.token_mask.sum())
+        with self._timed("vision_ms", times):
+            image_tokens = self._image_tokens(inputs.images, places, kept)
+        with self._timed("prefill_ms", times):
+            image_mask = torch.ones((1, len(places)), dtype=torch.bool, device=self.device)
+            return self.model.prefill(
+                image_tokens,
+                image_mask,
+                inputs.tokens[:, :length].to(self.device),
+                inputs.token_mask[:, :length].to(self.device),
+            )
+
+    def _image_tokens(self, images: Tensor, places: list[int], kept: Collection[int]) -> Tensor:
+        """Tokens (1, n·t, d) of the cameras at `places`, encoded anew unless `kept`."""
+        fresh = [place for place in places if place not in kept]
+        for place in set(places).difference(fresh, self._tokens):
+            raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
+        if fresh:
+            encoded: Tensor = self.model.vision(images[:, fresh].to(self.device))
+            shape = (1, len(fresh), self.config.tokens_per_image, self.config.prefix_width)
+            self._tokens.update(zip(fresh, encoded.view(shape).unbind(1), strict=True))
+        return torch.cat([self._tokens[place] for place in places], 1)
 
     @contextmanager
     def _timed(self, name: str, times: dict[str, float]) -> Iterator[None]:
@@ -54,13 +99,3 @@ class EagerEngine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         times[name] = (time.perf_counter() - began) * 1000
-
-
-def _valid(inputs: ModelInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The images that are there, and the prompt without its padding."""
-    length = int(inputs.token_mask.sum())
-    return (
-        inputs.images[:, inputs.image_mask[0]],
-        inputs.tokens[:, :length],
-        inputs.token_mask[:, :length],
-    )

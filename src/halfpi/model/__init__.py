@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from halfpi.model.gemma import PrefixCache
+from halfpi.model.guidance import Guidance
 from halfpi.model.pi05 import Pi05
 
-__all__ = ["Pi05", "PrefixCache"]
+__all__ = ["Guidance", "Pi05", "PrefixCache"]

@@ -25,6 +25,7 @@ from halfpi.model.gemma import (
     Prefix,
     PrefixCache,
 )
+from halfpi.model.guidance import Guidance
 from halfpi.model.inputs import check_inputs
 from halfpi.model.siglip import Mlp, SelfAttention, Siglip
 
@@ -80,20 +81,28 @@ class Pi05(nn.Module):
         return self._velocity(view, actions, self.expert.modulations(condition))
 
     def denoise(
-        self, cache: PrefixCache, noise: Tensor, num_steps: int = 10, given: Tensor | None = None
+        self,
+        cache: PrefixCache,
+        noise: Tensor,
+        num_steps: int = 10,
+        given: Tensor | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Integrate `noise` (b, h, a) into actions (b, h, a) by `num_steps` Euler steps.
 
         given: (b, d, a), the first d ≤ h actions when they are already decided, as in
         training-time real-time chunking (LeRobot flow_matching.py). They stay as they are, and
         every step sees them as data, at time 0.
+        guidance: steers the velocity of every step.
         """
         given = noise[:, :0] if given is None else given
         decided = given.shape[1]
         view = self.expert.view(cache, noise.shape[1])
         actions = torch.cat([given, noise[:, decided:]], 1)
-        for modulations in self._schedule(num_steps, noise, decided):
+        for time, modulations in self._schedule(num_steps, noise, decided):
             velocity = self._velocity(view, actions, modulations)
+            if guidance is not None:
+                velocity = guidance.steer(velocity, actions, time)
             moved = actions[:, decided:] - velocity[:, decided:] / num_steps
             actions = torch.cat([given, moved], 1)
         return actions
@@ -166,10 +175,13 @@ class Pi05(nn.Module):
         velocity: Tensor = self.action_out(self.expert(x, modulations, view).float())
         return velocity
 
-    def _schedule(self, num_steps: int, noise: Tensor, decided: int) -> Iterator[list[Tensor]]:
-        """The modulations of each step, (1, 1, 3d), or (1, h, 3d) if the first actions are decided.
+    def _schedule(
+        self, num_steps: int, noise: Tensor, decided: int
+    ) -> Iterator[tuple[float, list[Tensor]]]:
+        """The time and the modulations of each step.
 
-        They depend on the schedule alone, so all steps share one product per norm.
+        Modulations are (1, 1, 3d), or (1, h, 3d) if the first actions are decided. They depend on
+        the schedule alone, so all steps share one product per norm.
         """
         times = [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
         if decided:
@@ -179,9 +191,10 @@ class Pi05(nn.Module):
         is_decided = torch.arange(noise.shape[1], device=noise.device)[:, None] < decided
         for step in range(num_steps):
             if decided:
-                yield [torch.where(is_decided, table[-1], table[step]) for table in by_norm]
+                own = [torch.where(is_decided, table[-1], table[step]) for table in by_norm]
             else:
-                yield [table[step] for table in by_norm]
+                own = [table[step] for table in by_norm]
+            yield times[step], own
 
 
 def time_embedding(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:

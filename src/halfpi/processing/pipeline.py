@@ -102,6 +102,24 @@ class Processor:
             actions[:, relative] += state[relative]
         return self._robot.actions_to_robot(actions).astype(np.float32)
 
+    def rebase(
+        self, normalized: NDArray[np.float32], was: Observation, now: Observation
+    ) -> NDArray[np.float32]:
+        """Actions `normalized` (r, a), planned at `was`, as a chunk for `now` would have them.
+
+        Actions relative to the state (`delta_mask`) lead to the same place from another state; the
+        rest is unchanged. LeRobot does it before real-time chunking (relative.py).
+        """
+        relative = np.flatnonzero(self.config.delta_mask or ())
+        if not relative.size:
+            return normalized
+        shift = (self._model_state(was) - self._model_state(now))[relative]
+        actions = self.action_normalizer.unnormalize(normalized[:, : self.config.robot_action_dim])
+        actions[:, relative] += shift
+        rebased = normalized.copy()
+        rebased[:, relative] = self.action_normalizer.normalize(actions)[:, relative]
+        return rebased
+
     def observation_from_dict(self, data: Mapping[str, Any]) -> Observation:
         """The dictionary of the robot's client as an `Observation`; keys are in `robots`.
 
