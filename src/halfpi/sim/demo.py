@@ -1,4 +1,4 @@
-"""The demo: nano in closed loop in Meta-World, or on recorded frames where nothing can be rendered."""
+"""The demo: closed loop in Meta-World, or recorded frames where nothing can be rendered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TILE = 112
 def play(
     policy: Policy, tasks: list[Task], episodes: int, config: EvalConfig, directory: Path
 ) -> Iterator[tuple[Episode, Path]]:
-    """Play held-out episodes one after the other; yields each with the contact sheet written for it.
+    """Play held-out episodes one after the other; yields each with its contact sheet.
 
     Raises RenderingUnavailableError before the first episode where no OpenGL can be had.
     """

@@ -1,7 +1,8 @@
 """Closed-loop evaluation: tasks × held-out episodes, in parallel, with confidence intervals.
 
-Every episode is determined by its seed: the scene, and through `Policy.reseed` the noise. Two settings run on
-the same seeds therefore differ in the setting alone, which is what a paired comparison needs.
+Every episode is determined by its seed: the scene, and through `Policy.reseed` the noise. Two
+settings run on the same seeds therefore differ in the setting alone, which is what a paired
+comparison needs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from halfpi.types import Observation, StageTimes
 class EvalConfig:
     """How to play an episode.
 
-    execute: actions executed of each chunk before the next call. prompt_task: ask for another task than the
-    environment's. The action error is measured against the scripted expert in the first call of an episode and
-    costs a simulation of the expert's chunk.
+    execute: actions executed of each chunk before the next call. prompt_task: ask for another task
+    than the environment's. The action error is measured against the scripted expert in the first
+    call of an episode and costs a simulation of the expert's chunk.
     """
 
     policy: str = "nano"
@@ -42,8 +43,8 @@ class EvalConfig:
 class Episode:
     """The outcome of one episode.
 
-    steps: control steps played. action_error: mean absolute difference between the policy's first chunk and
-    the expert's, in action units (full scale is 2). times: of the calls.
+    steps: control steps played. action_error: mean absolute difference between the policy's first
+    chunk and the expert's, in action units (full scale is 2). times: of the calls.
     """
 
     task: str
@@ -63,7 +64,7 @@ def play_episode(
     prompt: str | None = None,
     watch: Callable[[Observation], None] | None = None,
 ) -> Episode:
-    """Play the episode of `seed` with `policy`; `watch` is shown every observation that the policy sees."""
+    """Play the episode of `seed`; `watch` is shown every observation that the policy sees."""
     environment.reset(seed)
     policy.reseed(seed)
     prompt = environment.task.instruction if prompt is None else prompt
@@ -93,7 +94,7 @@ def evaluate(
     prompts: dict[str, str] | None = None,
     workers: int | None = None,
 ) -> Iterator[Episode]:
-    """Play `episodes` held-out seeds of each task on all cores; yields them as they end, in any order.
+    """Play `episodes` held-out seeds of each task on all cores; yields them as they end.
 
     prompts: sentences to say instead of a task's own, by task name.
     """

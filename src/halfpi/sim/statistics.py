@@ -44,8 +44,9 @@ class Proportion:
 class PairedDifference:
     """How much one setting's success rate is above another's on the same episodes.
 
-    only_first, only_second: episodes solved in one of the two settings alone. Episodes with the same outcome in
-    both carry no information on the difference, which makes it far sharper than two separate rates.
+    only_first, only_second: episodes solved in one of the two settings alone. Episodes with the
+    same outcome in both carry no information on the difference, which makes it far sharper than two
+    separate rates.
     """
 
     only_first: int
@@ -68,7 +69,7 @@ class PairedDifference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wald interval of the paired difference (Agresti, Categorical Data Analysis, 11.1)."""
+        """95 % Wald interval of a paired difference (Agresti, Categorical Data Analysis, 11.1)."""
         discordant = self.only_first + self.only_second
         variance = max(0.0, discordant - (self.only_second - self.only_first) ** 2 / self.pairs)
         half = Z_95 * math.sqrt(variance) / self.pairs
