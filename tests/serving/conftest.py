@@ -16,7 +16,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed
 
-from halfpi.config import Pi05Config, ProcessingConfig
+from halfpi.config import Pi05Config, ProcessingConfig, RobotName
 from halfpi.engine import EagerEngine
 from halfpi.model import Pi05
 from halfpi.policy import Policy
@@ -37,7 +37,7 @@ PROCESSING = ProcessingConfig(
     action_norm="identity",
 )
 _PIXELS = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-OBSERVATION = {
+OBSERVATION: dict[str, Any] = {
     "observation.images.base": _PIXELS,
     "observation.images.wrist": _PIXELS[::-1],
     "observation.state": np.array([0.5, -0.25], np.float32),
@@ -84,10 +84,13 @@ class StubEngine:
 
 
 def stub_policy(
-    act: Callable[[ModelInputs], float] = lambda _: 0.0, horizon: int = HORIZON
+    act: Callable[[ModelInputs], float] = lambda _: 0.0,
+    horizon: int = HORIZON,
+    robot: RobotName = "none",
 ) -> Policy:
     """A policy whose engine only calls `act`, which may also block or raise."""
-    processor = Processor(PROCESSING, ACTION_DIM, ByteTokenizer())
+    processing = dataclasses.replace(PROCESSING, robot=robot)
+    processor = Processor(processing, ACTION_DIM, ByteTokenizer())
     return Policy(processor, cast("EagerEngine", StubEngine(act, horizon)))
 
 

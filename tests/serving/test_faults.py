@@ -76,9 +76,8 @@ async def test_a_client_is_killed_during_its_request(loopback: Loopback) -> None
 
 
 async def test_half_a_frame(loopback: Loopback) -> None:
-    settings = {"ping_interval_s": 0.1, "ping_timeout_s": 0.1}
     async with (
-        loopback.serve(**settings) as server,
+        loopback.serve(ping_interval_s=0.1, ping_timeout_s=0.1) as server,
         loopback.unharmed(server),
         by_hand(server) as (reader, writer),
     ):
@@ -282,3 +281,27 @@ async def test_a_client_that_does_not_read(loopback: Loopback) -> None:
         async with loopback.connect(server) as socket:
             await socket.recv()
             assert (await loopback.ask(socket))["actions"].shape == (200_000, 4)
+
+
+async def test_a_drain_answers_what_was_asked(loopback: Loopback) -> None:
+    gate = Gate()
+    server = await loopback.serve(lambda: loopback.policy(gate)).__aenter__()
+    clients = [await loopback.connect(server) for _ in range(4)]
+    for client in clients:
+        await client.recv()
+    for client in clients[:3]:
+        await client.send(packb(loopback.observation))
+    await until(lambda: "halfpi_queue_depth 2.0" in server.metrics.text())
+    port = server.port
+    drain = asyncio.create_task(server.__aexit__(None, None, None))
+    await loopback.assert_closed(clients[3], 1001)  # it waits for nothing
+    with pytest.raises(OSError, match="Connect call failed"):
+        await asyncio.open_connection("127.0.0.1", port)
+    with suppress(ConnectionClosed):
+        await clients[0].send(packb(loopback.observation))  # too late
+    gate.open.set()
+    for client in clients[:3]:
+        assert "actions" in loopback.read(await client.recv())
+        await loopback.assert_closed(client, 1001)
+    await drain
+    assert gate.calls == 3

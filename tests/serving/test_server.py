@@ -120,7 +120,7 @@ async def test_a_wrong_key(loopback: Loopback, tmp_path: Path, header: str | Non
                 await socket.recv()
                 assert "actions" in await loopback.ask(socket)
         right = await loopback.get(server, "/metrics", "Authorization: Api-Key right-2")
-        assert 'halfpi_refused_connections_total{reason="key"} 2.0' in right[2]
+        assert 'halfpi_refused_connections_total{status="401"} 2.0' in right[2]
 
 
 async def test_keys_are_in_no_log(
@@ -175,7 +175,7 @@ async def test_connections_are_limited(loopback: Loopback) -> None:
         await second.close()
         await loopback.assert_serves(server)
         text = (await loopback.get(server, "/metrics"))[2]
-        assert 'halfpi_refused_connections_total{reason="full"} 1.0' in text
+        assert 'halfpi_refused_connections_total{status="503"} 1.0' in text
         await first.close()
 
 
@@ -226,8 +226,9 @@ def test_bad_files(
     path = tmp_path / "file"
     if text is not None:
         path.write_text(text)
+    settings: Any = {setting: path}
     with pytest.raises(ValueError, match=message):
-        Server(loopback.policy, ServeConfig(**{setting: path}))
+        Server(loopback.policy, ServeConfig(**settings))
 
 
 def test_bad_certificate(loopback: Loopback, tmp_path: Path) -> None:

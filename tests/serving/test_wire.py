@@ -137,6 +137,10 @@ def test_dtypes_that_could_run_code_or_are_none(dtype: object, data: bytes) -> N
             "not a NumPy scalar of dtype |u1",
         ),
         (
+            msgpack.packb({b"__npgeneric__": True, b"data": 1e300, b"dtype": "<f4"}),
+            "not a NumPy scalar of dtype <f4: overflow",
+        ),
+        (
             msgpack.packb({b"__npgeneric__": True, b"data": [1] * 9, b"dtype": "<f4"}),
             "must be one value, got list",
         ),

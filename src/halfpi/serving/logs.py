@@ -30,11 +30,9 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Send the records of this package to standard error, one JSON line each."""
+def log_to_stderr() -> None:
+    """Send what this package does, and every warning of others, to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("halfpi.serving")
-    logger.handlers = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("halfpi.serving").setLevel(logging.INFO)

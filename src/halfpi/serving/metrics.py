@@ -51,11 +51,7 @@ class Metrics:
         )
         self._requests = _counter("requests", "How requests ended", "outcome", Outcome, registry)
         self._refused = _counter(
-            "refused_connections",
-            "Handshakes refused",
-            "reason",
-            ("key", "full"),
-            registry,
+            "refused_connections", "HTTP status of refusals", "status", ("401", "503"), registry
         )
         self._closed = _counter(
             "closed_connections",
@@ -88,9 +84,9 @@ class Metrics:
         for stage in _STAGES:
             self._stage.labels(stage).observe(getattr(answer.times, f"{stage}_ms") / 1000)
 
-    def refused(self, reason: str) -> None:
-        """A handshake was refused: for its "key", or because the server is "full"."""
-        self._refused.labels(reason).inc()
+    def refused(self, status: int) -> None:
+        """A client was refused: 401 for its key, 503 because the server is full."""
+        self._refused.labels(int(status)).inc()
 
     def closed(self, code: int | None) -> None:
         """A connection was closed with `code`."""

@@ -146,6 +146,7 @@ class Server:
         """Serve until `stop` is set."""
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, self._dispatching}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
         if self._dispatching.done():
             self._dispatching.result()  # it never returns, so it raises
 
@@ -172,8 +173,7 @@ class Server:
                 return socket.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the policy hangs\n")
             return socket.respond(HTTPStatus.OK, "OK\n")
         if not self._keys.accepts(request.headers.get("Authorization")):
-            self.metrics.refused("key")
-            response = socket.respond(HTTPStatus.UNAUTHORIZED, "missing or wrong API key\n")
+            response = self._refuse(socket, HTTPStatus.UNAUTHORIZED, "missing or wrong API key")
             response.headers["WWW-Authenticate"] = "Api-Key"
             return response
         if request.path == "/metrics":
@@ -184,10 +184,14 @@ class Server:
         # Counted here and not in the handler: a handshake that is under way takes a place, too.
         connected = sum(other.state is not State.CLOSED for other in self._admitted)
         if connected >= self._config.max_connections:
-            self.metrics.refused("full")
-            return socket.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
+            return self._refuse(socket, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
         self._admitted.add(socket)
         return None
+
+    def _refuse(self, socket: ServerConnection, status: HTTPStatus, reason: str) -> Response:
+        self.metrics.refused(status)
+        logger.warning("refused", extra=fields(peer=socket.remote_address, reason=reason))
+        return socket.respond(status, f"{reason}\n")
 
     async def _handle(self, socket: ServerConnection) -> None:
         self._numbers += 1

@@ -123,8 +123,9 @@ def _scalar(items: dict[Any, Any]) -> np.generic:
     if not isinstance(data, bool | int | float | str | bytes):
         raise WireError(f"the data of a NumPy scalar must be one value, got {type(data).__name__}")
     try:
-        scalar: np.generic = dtype.type(data)
-    except (OverflowError, TypeError, ValueError) as error:
+        with np.errstate(over="raise"):
+            scalar: np.generic = dtype.type(data)
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise WireError(f"not a NumPy scalar of dtype {dtype.str}: {error}") from error
     return scalar
 
