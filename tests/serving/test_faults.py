@@ -305,3 +305,16 @@ async def test_a_drain_answers_what_was_asked(loopback: Loopback) -> None:
         await loopback.assert_closed(client, 1001)
     await drain
     assert gate.calls == 3
+
+
+async def test_a_drain_does_not_wait_for_a_policy_that_hangs(loopback: Loopback) -> None:
+    gate = Gate()
+    server = await loopback.serve(lambda: loopback.policy(gate), deadline_s=0.3).__aenter__()
+    client = await loopback.connect(server)
+    await client.recv()
+    await client.send(packb(loopback.observation))
+    await asyncio.to_thread(gate.entered.wait)
+    await asyncio.wait_for(server.__aexit__(None, None, None), 5)
+    assert await client.recv() == "deadline of 0.3 s exceeded in the policy"
+    await loopback.assert_closed(client, 1011)
+    gate.open.set()

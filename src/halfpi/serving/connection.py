@@ -67,8 +67,11 @@ class Connection:
         finally:
             reading.cancel()
             writing.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
+            ends = await asyncio.gather(reading, writing, return_exceptions=True)
             self._dispatcher.forget(self._number)
+        for end in ends:
+            if isinstance(end, Exception):  # nothing is expected: websockets logs it
+                raise end
 
     def drain(self) -> None:
         """Take no more requests; close once those that came have their replies."""
