@@ -33,7 +33,7 @@ def lerobot(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def openpi_torch(tmp_path: Path) -> Path:
-    """An openpi torch checkpoint, as openpi's converter writes it: the token table is the LM head."""
+    """A checkpoint as openpi's converter writes it; the token table is stored as the LM head."""
     root = tmp_path / "openpi_torch"
     root.mkdir()
     weights = load_file(GOLDEN / "lerobot_tiny_ckpt" / "model.safetensors")
@@ -126,6 +126,7 @@ def _spec(params: Path, key: str) -> dict[str, Any]:
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": f"file://{params}/", "path": f"{key}/"},
         "store_data_equal_to_fill_value": True,
+        "context": {"file_io_sync": False},
     }
 
 

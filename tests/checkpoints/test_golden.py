@@ -17,7 +17,10 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 @pytest.fixture
 def openpi_io(golden: Path) -> tuple[dict[str, Any], torch.Tensor]:
-    io = {name: torch.from_numpy(value) for name, value in np.load(golden / "openpi_tiny_io.npz").items()}
+    io = {
+        name: torch.from_numpy(value)
+        for name, value in np.load(golden / "openpi_tiny_io.npz").items()
+    }
     inputs = {
         "images": torch.stack([io[f"img_{name}"].permute(0, 3, 1, 2) for name in CAMERAS], 1),
         "image_mask": torch.stack([io[f"m_{name}"] for name in CAMERAS], 1),

@@ -97,7 +97,7 @@ def test_writer_refuses_to_leave_a_hole(tmp_path: Path) -> None:
 
 def test_every_truncation_is_an_error(written: Path) -> None:
     content = written.read_bytes()
-    for length in range(len(content)):
+    for length in (*range(0, len(content), 3), len(content) - 1):
         written.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):
             SafetensorsFile(written)

@@ -87,9 +87,7 @@ def test_dtypes_that_are_no_weights(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite(
-    lerobot: Path, edit_weights: EditWeights, value: float
-) -> None:
+def test_values_that_are_not_finite(lerobot: Path, edit_weights: EditWeights, value: float) -> None:
     def change(weights: dict[str, Tensor]) -> None:
         weights["model.action_in_proj.weight"][3, 4] = value
 
@@ -271,7 +269,7 @@ def test_impossible_head_counts(golden: Path) -> None:
 
 
 def test_vision_heads_must_be_given(golden: Path) -> None:
-    with pytest.raises(CheckpointError, match="vision_heads cannot be read .* pass vision_heads=…"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .* pass vision_heads=…"):
         open_checkpoint(golden / "lerobot_tiny_ckpt")
 
 
@@ -281,19 +279,19 @@ def test_overrides_of_processing(golden: Path) -> None:
     def opened(**overrides: object) -> Any:
         return open_checkpoint(path, processing_overrides=overrides, vision_heads=4).processing
 
-    assert opened(cameras=["a", "b"]).cameras == ("a", "b")
+    assert opened(cameras=("a", "b")).cameras == ("a", "b")
     assert opened(prompt_state_dim=32, resize="interpolate-0.4").prompt_state_dim == 32
     for overrides, message in (
         ({"resizing": "pil"}, "ProcessingConfig has no field resizing"),
-        ({"resize": "lanczos"}, r"resize must be \('pil', .*got 'lanczos'"),
-        ({"cameras": ()}, "cameras must be one or more distinct names"),
-        ({"cameras": ("a", "a")}, "cameras must be"),
-        ({"image_size": 224}, "image_size must be 28, as in the model, got 224"),
-        ({"robot_action_dim": 33}, "robot_action_dim must be 1 to 32, got 33"),
-        ({"robot_action_dim": 8}, "action_stats have length 7, robot_action_dim is 8"),
-        ({"delta_mask": (True,) * 8}, "delta_mask must be at most 7 booleans"),
-        ({"prompt_state_dim": 0}, "prompt_state_dim must be a positive int or None, got 0"),
-        ({"action_norm": "mean_std"}, "action_stats has no mean and std, which mean_std needs"),
+        ({"resize": "lanczos"}, "resize must be one of pil, .*got 'lanczos'"),
+        ({"cameras": ("a", "a")}, "cameras must be different names"),
+        ({"image_size": 224}, "image_size is 28 in the model, got 224"),
+        ({"robot_action_dim": 0}, "robot_action_dim must be in"),
+        ({"robot_action_dim": 8}, "action_stats have length 7, the robot has 8"),
+        ({"delta_mask": (True,) * 8}, "delta_mask has 8 entries"),
+        ({"delta_mask": 3}, "the processing does not fit"),
+        ({"robot": "aloha"}, "state_stats have length 8, the robot has 14"),
+        ({"action_norm": "mean_std"}, "action normalisation needs the statistic mean"),
     ):
         with pytest.raises(CheckpointError, match=message):
             opened(**overrides)
@@ -328,7 +326,7 @@ def test_own_format_needs_no_options(own: Path) -> None:
         (lambda data: data["model"].update(depth=4), "depth=4 contradicts"),
         (lambda data: data["model"].update(prefix_width=32), "prefix_width=32 contradicts"),
         (lambda data: data["processing"].update(fps=3), "ProcessingConfig has no field fps"),
-        (lambda data: data["processing"].update(robot="r2d2"), "robot must be"),
+        (lambda data: data["processing"].update(robot="r2d2"), "robot must be one of"),
         (lambda data: data["processing"].update(image_size=3), "image_size is 28 in model, 3 in"),
         (
             lambda data: data["processing"]["state_stats"].update(q01=[float("nan")] * 8),

@@ -6,6 +6,7 @@ from halfpi.checkpoints.checkpoint import Checkpoint, CheckpointSummary, open_ch
 from halfpi.checkpoints.convert import convert
 from halfpi.checkpoints.errors import CheckpointError
 from halfpi.checkpoints.load import load_model
+from halfpi.checkpoints.save import save_model
 
 __all__ = [
     "Checkpoint",
@@ -14,4 +15,5 @@ __all__ = [
     "convert",
     "load_model",
     "open_checkpoint",
+    "save_model",
 ]

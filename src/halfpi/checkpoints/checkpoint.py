@@ -23,13 +23,7 @@ from halfpi.checkpoints.processing_fields import build_processing
 from halfpi.checkpoints.sizes import derive_config
 from halfpi.checkpoints.strict import reject_pi0, select_tensors
 from halfpi.config import Pi05Config, ProcessingConfig
-
-_TOKENIZERS = (
-    "tokenizer/tokenizer.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "paligemma_tokenizer.model",
-)
+from halfpi.processing import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -96,8 +90,8 @@ class Checkpoint:
             path=self.path,
             format=self.format,
             tensors=len(self.stored),
-            parameters=parameters,
-            dtypes=dtypes,
+            parameters=dict(parameters),
+            dtypes=dict(dtypes),
             stored_bytes=stored_bytes,
             config=self.config,
             processing=self.processing,
@@ -178,7 +172,7 @@ def _is_lerobot(path: Path) -> bool:
 
 
 def _find_tokenizer(root: Path) -> Path | None:
-    candidates = (root / name for name in _TOKENIZERS)
+    candidates = (root / name for name in TOKENIZER_FILES)
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -21,6 +21,7 @@ _NORM_MODES: Mapping[str, NormMode] = {
     "MIN_MAX": "min_max",
     "IDENTITY": "identity",
 }
+_NORM_EPS = 1e-8  # the default of LeRobot's normalize_processor.py
 _UNSUPPORTED = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
 _IMAGES = "observation.images."
 _PADDING_UNKNOWN = Assumption(
@@ -138,7 +139,8 @@ def _normalisation(
     root: Path, config: Mapping[str, Any], pre: Steps, post: Steps
 ) -> dict[str, Any]:
     """Modes, epsilon and statistics, which are None for a feature that has none saved."""
-    fields: dict[str, Any] = {"norm_eps": 1e-8}  # LeRobot normalize_processor.py
+    fields: dict[str, Any] = {}
+    epsilons = set()
     for name, key, kind, steps, step_name in (
         ("state", "observation.state", "STATE", pre, "normalizer_processor"),
         ("action", "action", "ACTION", post, "unnormalizer_processor"),
@@ -150,15 +152,14 @@ def _normalisation(
         if mode is None:
             raise CheckpointError(f"{where} has the unknown mode {modes[kind]!r} for {kind}")
         fields[f"{name}_norm"] = mode
-        if "eps" in step:
-            fields["norm_eps"] = member(step, "eps", float, where)
-        fields[f"{name}_stats"] = _read_stats(root, step, key, mode)
-    return fields
+        epsilons.add(member({"eps": _NORM_EPS, **step}, "eps", float, where))
+        fields[f"{name}_stats"] = _read_stats(root, step, key)
+    if len(epsilons) > 1:
+        raise CheckpointError(f"{root}: the processors have different eps: {sorted(epsilons)}")
+    return {**fields, "norm_eps": epsilons.pop()}
 
 
-def _read_stats(
-    root: Path, step: Mapping[str, Any], key: str, mode: NormMode
-) -> FeatureStats | None:
+def _read_stats(root: Path, step: Mapping[str, Any], key: str) -> FeatureStats | None:
     """The statistics of feature `key`: tensors `<feature>.<statistic>` of the step's state file."""
     if "state_file" not in step:
         return None
@@ -171,7 +172,7 @@ def _read_stats(
     if not values:
         return None
     where = f"{file.path}: {key}"
-    stats = feature_stats(values, where, mode)
+    stats = feature_stats(values, where)
     shape = step.get("features", {}).get(key, {}).get("shape")
     if shape is not None and length(stats) is not None and [length(stats)] != shape:
         raise CheckpointError(f"{where} has statistics of length {length(stats)}, expected {shape}")

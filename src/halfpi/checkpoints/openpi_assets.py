@@ -8,7 +8,7 @@ released configs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from halfpi.checkpoints.contents import Assumption
 from halfpi.checkpoints.errors import CheckpointError, listing
 from halfpi.checkpoints.json_files import member, read_json
 from halfpi.checkpoints.stats import feature_stats, length
-from halfpi.config import FeatureStats, RobotName
+from halfpi.config import RobotName
+from halfpi.processing import ROBOTS
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,22 @@ class Assets:
 
 
 @dataclass(frozen=True)
-class _Robot:
-    """A released config of openpi training/config.py, and the sizes in its policies/*_policy.py."""
+class _Config:
+    """What sets a released config of openpi training/config.py apart from the others."""
 
     robot: RobotName
     horizon: int
-    state_dim: int
-    action_dim: int
     state_in_prompt: bool = True
-    delta_mask: tuple[bool, ...] | None = field(default=None)
+    delta_mask: tuple[bool, ...] | None = None
 
 
-_ROBOTS: Mapping[str, _Robot] = {
+_CONFIGS: Mapping[str, _Config] = {
     # pi05_libero: discrete_state_input=False, extra_delta_transform=False
-    "physical-intelligence/libero": _Robot("libero", 10, 8, 7, state_in_prompt=False),
+    "physical-intelligence/libero": _Config("libero", 10, state_in_prompt=False),
     # pi05_droid: joint velocities, so no delta transform
-    "droid": _Robot("droid", 15, 8, 8),
+    "droid": _Config("droid", 15),
     # pi05_aloha: deltas by make_bool_mask(6, -1, 6, -1)
-    "trossen": _Robot("aloha", 50, 14, 14, delta_mask=((True,) * 6 + (False,)) * 2),
+    "trossen": _Config("aloha", 50, delta_mask=((True,) * 6 + (False,)) * 2),
 }
 _OPENPI_HORIZON = 50  # action_horizon of openpi pi0_config.py
 
@@ -59,16 +58,15 @@ def read_assets(root: Path, asset_id: str | None) -> Assets:
     """
     chosen = _choose(root / "assets", asset_id)
     stats = _read_stats(root / "assets" / chosen) if chosen is not None else {}
-    robot = _ROBOTS.get(chosen or "")
-    if robot is not None:
-        _check_lengths(root / "assets" / str(chosen), stats, robot)
+    config = _CONFIGS.get(chosen or "")
+    if config is not None:
         processing: dict[str, Any] = {
-            "robot": robot.robot,
-            "robot_action_dim": robot.action_dim,
-            "state_in_prompt": robot.state_in_prompt,
-            "delta_mask": robot.delta_mask,
+            "robot": config.robot,
+            "robot_action_dim": ROBOTS[config.robot].action_dim,
+            "state_in_prompt": config.state_in_prompt,
+            "delta_mask": config.delta_mask,
         }
-        return Assets({"horizon": robot.horizon}, {**stats, **processing}, ())
+        return Assets({"horizon": config.horizon}, {**stats, **processing}, ())
     assumptions = [
         Assumption(
             f"openpi checkpoints do not store the action horizon; assuming {_OPENPI_HORIZON}, "
@@ -77,7 +75,8 @@ def read_assets(root: Path, asset_id: str | None) -> Assets:
         )
     ]
     if chosen is not None:
-        stats["robot_action_dim"] = length(stats["action_stats"])
+        action_dim = length(stats["action_stats"])
+        stats |= {} if action_dim is None else {"robot_action_dim": action_dim}
         assumptions.append(
             Assumption(
                 f"asset id {chosen!r} is of no robot that halfpi knows; assuming absolute actions "
@@ -86,7 +85,7 @@ def read_assets(root: Path, asset_id: str | None) -> Assets:
                 frozenset({"robot", "delta_mask", "state_in_prompt"}),
             )
         )
-    return Assets({}, stats, tuple(assumptions))
+    return Assets({"horizon": _OPENPI_HORIZON}, stats, tuple(assumptions))
 
 
 def _choose(assets: Path, asset_id: str | None) -> str | None:
@@ -111,15 +110,6 @@ def _read_stats(directory: Path) -> dict[str, Any]:
     path = directory / "norm_stats.json"
     data = member(read_json(path), "norm_stats", dict, path)
     return {
-        name: feature_stats(member(data, key, dict, path), f"{path}: {key}", "quantile")
+        name: feature_stats(member(data, key, dict, path), f"{path}: {key}")
         for name, key in (("state_stats", "state"), ("action_stats", "actions"))
     }
-
-
-def _check_lengths(directory: Path, stats: Mapping[str, FeatureStats], robot: _Robot) -> None:
-    for name, at_least in (("state_stats", robot.state_dim), ("action_stats", robot.action_dim)):
-        found = length(stats[name]) or 0
-        if found < at_least:
-            raise CheckpointError(
-                f"{directory}: {name} have length {found}, {robot.robot} has {at_least} dimensions"
-            )

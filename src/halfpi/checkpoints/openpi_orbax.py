@@ -182,7 +182,7 @@ def read_openpi_orbax(root: Path, params: Path, asset_id: str | None) -> Content
 def _head_counts(tree: OrbaxTree) -> dict[str, int]:
     """Head counts, which are axes of their own; `_tensors_of` has checked that these exist.
 
-    Raises CheckpointError when arrays split the same heads differently: flattened, it would not show.
+    Raises CheckpointError when arrays split heads differently, which would not show once flattened.
     """
     counts = {}
     for name, axes in _HEAD_AXES.items():

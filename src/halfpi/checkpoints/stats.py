@@ -8,40 +8,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfpi.checkpoints.errors import CheckpointError
-from halfpi.config import FeatureStats, NormMode
-
-_NEEDED: Mapping[NormMode, tuple[str, ...]] = {
-    "quantile": ("q01", "q99"),
-    "quantile10": ("q10", "q90"),
-    "mean_std": ("mean", "std"),
-    "min_max": ("min", "max"),
-    "identity": (),
-}
+from halfpi.config import FeatureStats
 
 
-def feature_stats(values: Mapping[str, Any], where: str, mode: NormMode) -> FeatureStats:
+def feature_stats(values: Mapping[str, Any], where: str) -> FeatureStats:
     """The statistics in `values`, name → numbers; names unknown to FeatureStats are ignored.
 
-    Raises CheckpointError, beginning with `where`, as `check_stats` does.
+    Raises CheckpointError, beginning with `where`, for what is no list of numbers and as
+    `check_stats` does.
     """
     names = [field.name for field in dataclasses.fields(FeatureStats)]
+    present = {name: values[name] for name in names if values.get(name) is not None}
     stats = FeatureStats(
-        **{
-            name: _numbers(values[name], f"{where}.{name}")
-            for name in names
-            if values.get(name) is not None
-        }
+        **{name: _numbers(value, f"{where}.{name}") for name, value in present.items()}
     )
-    check_stats(stats, where, mode)
+    check_stats(stats, where)
     return stats
 
 
-def check_stats(stats: FeatureStats, where: str, mode: NormMode) -> None:
-    """Raise CheckpointError for unequal lengths, NaN, infinity, or lack of what `mode` needs."""
+def check_stats(stats: FeatureStats, where: str) -> None:
+    """Raise CheckpointError for statistics of unequal lengths, NaN and infinity."""
     present = {name: value for name, value in vars(stats).items() if value is not None}
-    missing = [name for name in _NEEDED[mode] if name not in present]
-    if missing:
-        raise CheckpointError(f"{where} has no {' and '.join(missing)}, which {mode} needs")
     lengths = {name: len(value) for name, value in present.items()}
     if len(set(lengths.values())) > 1:
         raise CheckpointError(f"{where} has statistics of unequal lengths: {lengths}")
@@ -50,9 +37,10 @@ def check_stats(stats: FeatureStats, where: str, mode: NormMode) -> None:
             raise CheckpointError(f"{where}.{name} is not finite: {list(value)}")
 
 
-def length(stats: FeatureStats) -> int | None:
-    """How many dimensions checked `stats` describe; None when they are empty."""
-    return next((len(value) for value in vars(stats).values() if value is not None), None)
+def length(stats: FeatureStats | None) -> int | None:
+    """How many dimensions `stats` describe; None when there are none."""
+    values = () if stats is None else vars(stats).values()
+    return next((len(value) for value in values if value is not None), None)
 
 
 def _numbers(values: object, where: str) -> tuple[float, ...]:
