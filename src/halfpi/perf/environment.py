@@ -49,7 +49,8 @@ def _source() -> tuple[str, bool]:
     """The commit of the checkout and whether src differs, or the version of an installation."""
     if not (_CHECKOUT / ".git").exists():
         return halfpi.__version__, False
-    git = ("git", "-C", str(_CHECKOUT))
+    # Whoever owns the checkout: its code is running already.
+    git = ("git", "-c", f"safe.directory={_CHECKOUT}", "-C", str(_CHECKOUT))
     changes = _output(*git, "status", "--porcelain", "--", "src")
     return _output(*git, "rev-parse", "HEAD"), bool(changes)
 

@@ -2,7 +2,7 @@
 
 `python -m halfpi.perf.tables --check` fails when a table is not what the records say, `--write`
 makes all of them anew. Where a table belongs, a document has `<!-- table:NAME -->` and
-`<!-- /table:NAME -->`; what stands between is nobody's to write.
+`<!-- /table:NAME -->`, each on a line; what stands between is nobody's to write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from halfpi.perf.records import Record, read_records
 from halfpi.perf.roofline import floors
 
 RESULTS = Path("benchmarks/results")
-_MARKER = re.compile(r"<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->")
+_MARKER = re.compile(r"^<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->$", re.MULTILINE)
 _TIMES = (*STAGES, "total")
 # Fields of a case → column.
 _CASE = {
