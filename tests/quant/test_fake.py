@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from halfpi.config import Pi05Config
 from halfpi.engine import EagerEngine
-from halfpi.model import Pi05
+from halfpi.model import Pi05, PrefixCache
 from halfpi.perf.cases import Case
 from halfpi.perf.synthetic import random_inputs, random_model
 from halfpi.policy import Policy
@@ -41,6 +41,11 @@ def inputs(tiny_config: Pi05Config) -> tuple[ModelInputs, Tensor]:
 def actions_of(model: Pi05, inputs: tuple[ModelInputs, Tensor]) -> Tensor:
     tensors, noise = inputs
     return model.sample_actions(**vars(tensors), noise=noise[None], num_steps=STEPS)
+
+
+def prefilled(model: Pi05, inputs: ModelInputs) -> PrefixCache:
+    image_tokens = model.vision(inputs.images)
+    return model.prefill(image_tokens, inputs.image_mask, inputs.tokens, inputs.token_mask)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -102,9 +107,7 @@ def test_each_step_takes_its_own_scale(
 
     def velocities(scales: Scales) -> list[Tensor]:
         fake = FakeQuantPi05(model, scales)
-        cache = fake.prefill(
-            fake.vision(tensors.images), tensors.image_mask, tensors.tokens, tensors.token_mask
-        )
+        cache = prefilled(fake, tensors)
         times = [torch.tensor([1 - step / STEPS]) for step in range(STEPS)]
         return [fake.velocity(cache, noise[None], time) for time in times]
 
@@ -124,9 +127,7 @@ def test_denoising_goes_through_the_steps_as_velocity_does(
 ) -> None:
     fake = FakeQuantPi05(model, scales)
     tensors, noise = inputs
-    cache = fake.prefill(
-        fake.vision(tensors.images), tensors.image_mask, tensors.tokens, tensors.token_mask
-    )
+    cache = prefilled(fake, tensors)
     actions = noise[None]
     for step in range(STEPS):
         time = torch.tensor([1 + step * (-1 / STEPS)])
@@ -139,9 +140,7 @@ def test_the_last_scale_serves_times_behind_the_last_step(
 ) -> None:
     fake = FakeQuantPi05(model, scales)
     tensors, noise = inputs
-    cache = fake.prefill(
-        fake.vision(tensors.images), tensors.image_mask, tensors.tokens, tensors.token_mask
-    )
+    cache = prefilled(fake, tensors)
     assert fake.velocity(cache, noise[None], torch.tensor([0.0])).isfinite().all()
 
 
