@@ -6,7 +6,7 @@ READY := .venv/.ready
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test check lint types layers docs hooks clean
+.PHONY: demo test check lint types layers tables docs hooks clean
 
 demo: $(READY)
 	$(BIN)/halfpi demo
@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest
 
-check: lint types layers
+check: lint types layers tables
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -25,6 +25,9 @@ types: $(READY)
 
 layers: $(READY)
 	$(BIN)/lint-imports --no-logo
+
+tables: $(READY)
+	$(BIN)/python -m halfpi.perf.tables --check
 
 docs: $(READY)
 	$(BIN)/pdoc --docformat google --output-directory build/docs \

@@ -1,0 +1,180 @@
+"""Tables of documents, generated from records.
+
+`python -m halfpi.perf.tables --check` fails when a table is not what the records say, `--write`
+makes all of them anew. Where a table belongs, a document has `<!-- table:NAME -->` and
+`<!-- /table:NAME -->`, each on a line; what stands between is nobody's to write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from halfpi.config import PRESETS
+from halfpi.perf.cases import STAGES, standard_case
+from halfpi.perf.devices import devices
+from halfpi.perf.records import Record, read_records
+from halfpi.perf.roofline import floors
+
+RESULTS = Path("benchmarks/results")
+_MARKER = re.compile(r"^<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->$", re.MULTILINE)
+_TIMES = (*STAGES, "total")
+# Fields of a case → column.
+_CASE = {
+    "precision": "precision",
+    "cameras": "cameras",
+    "prompt_tokens": "prompt",
+    "horizon": "chunk",
+    "steps": "steps",
+}
+
+
+class TableError(ValueError):
+    """A document whose table markers do not pair up, or name no table."""
+
+
+def render(text: str, records: Sequence[Record]) -> str:
+    """`text` with every table made anew. Raises TableError naming the marker that is wrong."""
+    markers = list(_MARKER.finditer(text))
+    parts, reached = [], 0
+    for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
+        name = begin["name"]
+        if begin["end"] or end is None or not end["end"] or end["name"] != name:
+            raise TableError(f"{begin[0]} is not followed by its counterpart")
+        if name not in TABLES:
+            raise TableError(f"no table is called {name}; there are {', '.join(TABLES)}")
+        parts += [text[reached : begin.end()], "\n", TABLES[name](records)]
+        reached = end.start()
+    return "".join(parts) + text[reached:]
+
+
+def stale_documents(root: Path) -> dict[Path, str]:
+    """Documents below `root` whose tables are not what the records say → what they should be.
+
+    Documents are the Markdown files in `root` and its docs. Raises TableError naming the document,
+    and RecordError.
+    """
+    records = read_records(root / RESULTS)
+    stale = {}
+    for path in [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        try:
+            rendered = render(text, records)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from error
+        if rendered != text:
+            stale[path] = rendered
+    return stale
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check the documents of a checkout, or write them. Exits with a message if any is stale."""
+    parser = argparse.ArgumentParser(prog="python -m halfpi.perf.tables", description=__doc__)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--check", action="store_true", help="fail when a table is stale")
+    mode.add_argument("--write", action="store_true", help="make every table anew")
+    parser.add_argument("--root", type=Path, default=Path(), help="of the checkout")
+    options = parser.parse_args(arguments)
+    try:
+        stale = stale_documents(options.root)
+    except ValueError as error:
+        sys.exit(str(error))
+    if options.check and stale:
+        names = ", ".join(str(path) for path in stale)
+        sys.exit(f"tables are stale in {names}; run python -m halfpi.perf.tables --write")
+    for path, text in stale.items():
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def _floors(_: Sequence[Record]) -> str:
+    """The floors of the standard case on every known device."""
+    rows = []
+    for name, device in devices().items():
+        for precision in ("bf16", "fp8"):
+            case = standard_case(precision)
+            ms = floors(device, PRESETS[case.model], case)
+            kinds = {device.bf16_tflops.kind, device.fp8_tflops.kind, device.bandwidth_tbs.kind}
+            shown = [f"{ms[stage]:.2f}" for stage in _TIMES]
+            rows.append((name, precision, *shown, " and ".join(sorted(kinds))))
+    return _table(("device", "precision", *_milliseconds(_TIMES), "limits are"), rows)
+
+
+def _stages(records: Sequence[Record]) -> str:
+    """Our times of the stages of π0.5."""
+    return _own(record for record in records if record.case.get("model") == "pi05")
+
+
+def _nano(records: Sequence[Record]) -> str:
+    """Our times of the stages of the small policy."""
+    return _own(record for record in records if record.case.get("model") == "nano")
+
+
+def _own(records: Iterable[Record]) -> str:
+    """The newest measurement of each device, engine and case."""
+    newest = {
+        (record.device, record.engine, *record.case.items()): record
+        for record in records
+        if record.kind == "measured" and record.benchmark == "stages"
+    }
+    rows = [
+        (
+            record.device,
+            record.engine,
+            *_case_cells(record),
+            *(f"{record.ms[stage].p50:.2f}" for stage in _TIMES),
+            f"{(record.commit or '')[:7]}{'*' if record.dirty else ''}",
+        )
+        for record in newest.values()
+    ]
+    return _table(("device", "engine", *_CASE.values(), *_milliseconds(_TIMES), "commit"), rows)
+
+
+def _peers(records: Sequence[Record]) -> str:
+    """What other engines say, or what we saw them do."""
+    quoted = [record for record in records if record.kind == "quoted"]
+    rows = [
+        (
+            record.device,
+            record.engine,
+            *_case_cells(record),
+            f"{record.ms['total'].p50:.2f}",
+            record.source or "",
+        )
+        for record in sorted(quoted, key=lambda record: (record.device, record.ms["total"].p50))
+    ]
+    return _table(("device", "engine", *_CASE.values(), "total ms", "source"), rows)
+
+
+TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {
+    "floors": _floors,
+    "nano": _nano,
+    "peers": _peers,
+    "stages": _stages,
+}
+
+
+def _case_cells(record: Record) -> list[str]:
+    return [str(record.case.get(field, "?")) for field in _CASE]
+
+
+def _milliseconds(stages: Iterable[str]) -> list[str]:
+    return [f"{stage} ms" for stage in stages]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; empty without rows."""
+    if not rows:
+        return ""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *escaped]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The timing protocol: the same for every benchmark, so that its numbers compare.
+
+Variants of one comparison run interleaved in one loop, because clocks and temperatures drift by
+more than what is often compared. Each run takes the next of several inputs, because with the same
+input again a cache serves what memory would have to. On a GPU, events in the stream time the
+device and the host never waits in between; work that is captured in graphs also leaves out what
+launching costs. On the host it is the clock on the wall.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from halfpi.perf.records import Percentiles
+
+# Runs the work to be timed on the input of that number; the callee rotates.
+Call = Callable[[int], object]
+
+_WARM_UPS_BEFORE_CAPTURE = 3
+
+
+def measure(
+    calls: Mapping[str, Call], clock: Literal["cuda", "host"], *, repeats: int, warm_ups: int = 10
+) -> dict[str, Percentiles]:
+    """Percentiles of the milliseconds that each of `calls` takes, over `repeats` runs.
+
+    clock: "cuda" times the current stream, "host" the wall; under "host" a call must have finished
+    when it returns. Raises ValueError unless there is something to run at least once.
+    """
+    if not calls or repeats < 1:
+        raise ValueError(f"nothing to measure: {len(calls)} calls, {repeats} repeats")
+    stamp, elapsed_ms = _CLOCKS[clock]
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+    for index in range(warm_ups + repeats):
+        for name, call in calls.items():
+            began = stamp()
+            call(index)
+            spans[name].append((began, stamp()))
+    if clock == "cuda":
+        torch.cuda.synchronize()
+    return {
+        name: percentiles([elapsed_ms(*span) for span in timed[warm_ups:]])
+        for name, timed in spans.items()
+    }
+
+
+def percentiles(samples_ms: list[float]) -> Percentiles:
+    """p50, p90 and p99, interpolated linearly."""
+    p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99)).tolist()
+    return Percentiles(p50, p90, p99)
+
+
+def captured(call: Call, inputs: int) -> Call:
+    """`call` as CUDA graphs, one for each of its `inputs`: what is left is the device's time."""
+    graphs = [_capture(partial(call, index)) for index in range(inputs)]
+    return lambda index: graphs[index % inputs].replay()
+
+
+def _capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS_BEFORE_CAPTURE):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+# Clock → how to take a stamp, and the milliseconds between two.
+_CLOCKS: Mapping[str, tuple[Callable[[], Any], Callable[[Any, Any], float]]] = {
+    "cuda": (_event, lambda began, ended: float(began.elapsed_time(ended))),
+    "host": (time.perf_counter, lambda began, ended: (ended - began) * 1000),
+}

@@ -1,0 +1,69 @@
+"""Where FP8 hybrid precision quantises: the one table for calibration, fake quantisation, packing.
+
+A site is one matrix product of an engine: an input and the weights that read it, which share one
+scale because they are packed into one matrix. Its input is what the linear layers of the plain
+model read, so a norm's weight is already in it; whoever folds that weight into the matrix instead
+changes both scales. Not sites, and 16-bit: patch embedding, projector, action projections, and the
+time MLP and modulations, which a schedule needs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import nn
+
+from halfpi.config import Pi05Config
+
+Stage = Literal["vision", "prefill", "denoise"]
+
+# Of one layer: site → the linear layers beside each other in its module.
+_ATTENTION = {"attn.qkv": ("q", "k", "v"), "attn.o": ("o",)}
+_SIGLIP = {**_ATTENTION, "mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)}
+_GEMMA = {**_ATTENTION, "mlp.gate_up": ("gate", "up"), "mlp.down": ("down",)}
+_LAST_OF_PREFIX = {"attn.kv": ("k", "v")}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantised matrix product.
+
+    name: as in "expert.layers.3.mlp.gate_up". linears: canonical names of the `nn.Linear` modules
+    whose weights, stacked along the outputs in this order, are the matrix.
+    """
+
+    name: str
+    stage: Stage
+    linears: tuple[str, ...]
+
+    @property
+    def per_step(self) -> bool:
+        """Whether its input has a scale for each denoising step: noise and data differ in range."""
+        return self.stage == "denoise"
+
+    def layers(self, model: nn.Module) -> list[nn.Linear]:
+        """The modules that `linears` names in `model`."""
+        return [cast("nn.Linear", model.get_submodule(name)) for name in self.linears]
+
+
+def quantised_sites(config: Pi05Config) -> tuple[Site, ...]:
+    """All sites of a model, in the order in which it runs them."""
+    last = config.depth - 1
+    return (
+        *_sites("vision", "vision", range(config.vision_depth), _SIGLIP),
+        *_sites("prefix", "prefill", range(last), _GEMMA),
+        *_sites("prefix", "prefill", range(last, config.depth), _LAST_OF_PREFIX),
+        *_sites("expert", "denoise", range(config.depth), _GEMMA),
+    )
+
+
+def _sites(
+    stack: str, stage: Stage, layers: Iterable[int], of_layer: Mapping[str, tuple[str, ...]]
+) -> Iterator[Site]:
+    for layer in layers:
+        for name, linears in of_layer.items():
+            path = f"{stack}.layers.{layer}.{name}"
+            module = path.rpartition(".")[0]
+            yield Site(path, stage, tuple(f"{module}.{linear}" for linear in linears))

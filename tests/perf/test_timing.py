@@ -1,0 +1,65 @@
+"""The protocol: what runs when, and that clocks tell milliseconds."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from halfpi.perf.timing import captured, measure, percentiles
+
+
+def test_variants_are_interleaved_and_inputs_count_up() -> None:
+    ran: list[tuple[str, int]] = []
+
+    def note(name: str, index: int) -> None:
+        ran.append((name, index))
+
+    calls = {name: partial(note, name) for name in ("a", "b")}
+    timed = measure(calls, "host", repeats=3, warm_ups=2)
+    assert list(timed) == ["a", "b"]
+    assert ran == [(name, index) for index in range(5) for name in ("a", "b")]
+
+
+def test_warm_ups_do_not_count() -> None:
+    timed = measure(
+        {"work": lambda index: time.sleep(0.05 if index < 2 else 0)}, "host", repeats=5, warm_ups=2
+    )
+    p99 = timed["work"].p99
+    assert p99 is not None
+    assert p99 < 40
+
+
+def test_the_host_clock_is_in_milliseconds() -> None:
+    times = measure({"nap": lambda _: time.sleep(0.02)}, "host", repeats=3, warm_ups=0)["nap"]
+    assert 19 < times.p50 < 200
+
+
+def test_percentiles_are_interpolated() -> None:
+    times = percentiles([float(value) for value in range(101)])
+    assert (times.p50, times.p90, times.p99) == (50.0, 90.0, 99.0)
+    assert percentiles([1.0, 2.0]).p50 == 1.5
+
+
+def test_nothing_to_measure_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to measure: 0 calls, 5 repeats"):
+        measure({}, "host", repeats=5)
+    with pytest.raises(ValueError, match="nothing to measure: 1 calls, 0 repeats"):
+        measure({"work": print}, "host", repeats=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_rotate_their_inputs_and_are_timed_on_the_device() -> None:
+    inputs = torch.arange(1.0, 4.0, device="cuda")
+    out = torch.zeros((), device="cuda")
+    call = captured(lambda index: out.copy_(inputs[index] * 2), inputs=3)
+    for index in range(6):
+        call(index)
+        assert out.item() == 2 * (index % 3 + 1)
+    large = torch.randn(4096, 4096, device="cuda")
+    product = captured(lambda _: large @ large, inputs=1)
+    times = measure({"small": call, "large": product}, "cuda", repeats=20)
+    assert times["small"].p50 < times["large"].p50
