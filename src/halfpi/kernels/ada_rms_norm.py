@@ -62,10 +62,18 @@ def _ada_rms_norm_kernel(
     residual, modulation, partials, gate, alpha, out, scale, stride_modulation, stride_gate, M, D,
     SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
+    modulation += row * stride_modulation + cols
+    factor = 1.0 + tl.load(modulation, mask=inside, other=0.0)
+    shift = tl.load(modulation + D, mask=inside, other=0.0)
+    if SPLITS > 0:
+        gate_row = tl.load(gate + row * stride_gate + cols, mask=inside, other=0.0)
+        if alpha is not None:
+            gate_row *= tl.load(alpha)
+    begin(PDL)
+
     places = row * D + cols
     value = tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
     if SPLITS > 0:
@@ -73,13 +81,9 @@ def _ada_rms_norm_kernel(
         for split in tl.static_range(SPLITS):
             part = tl.load(partials + split * M * D + places, mask=inside, other=0.0)
             update += part.to(tl.float32)
-        update *= tl.load(gate + row * stride_gate + cols, mask=inside, other=0.0)
-        value += update if alpha is None else update * tl.load(alpha)
+        value += update * gate_row
         tl.store(residual + places, value.to(residual.dtype.element_ty), mask=inside)
-    modulation += row * stride_modulation + cols
-    value = rms_normalised(value, D, EPS) * (1.0 + tl.load(modulation, mask=inside, other=0.0))
-    value += tl.load(modulation + D, mask=inside, other=0.0)
-    store(out + places, value, scale, inside)
+    store(out + places, rms_normalised(value, D, EPS) * factor + shift, scale, inside)
 
 
 def ada_rms_norm(

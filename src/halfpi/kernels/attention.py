@@ -33,7 +33,7 @@ from halfpi.kernels.spec import (
     moved_bytes,
     poisoned_output,
 )
-from halfpi.kernels.tile import begin, store, valid_count
+from halfpi.kernels.tile import begin, fetch_rows, store, valid_count
 
 _LOG2_E = math.log2(math.e)
 
@@ -72,7 +72,9 @@ def attention_reference(
 
 
 @triton.jit
-def _load_heads(pointer, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+def _load_heads(
+    pointer, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr
+):
     """Dimensions FIRST … FIRST + WIDTH of heads at `rows`, zero outside → (rows, WIDTH)."""
     dims = FIRST + tl.arange(0, WIDTH)
     mask = inside[:, None]
@@ -101,12 +103,23 @@ def _attention_kernel(
     GROUP: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     split = tl.program_id(1)
     batch = tl.program_id(2) // kv_heads
     head = tl.program_id(2) % kv_heads
     key_total = valid_count(key_count, batch, capacity)
     query_total = valid_count(query_count, batch, tokens)
+
+    keys += batch * stride_kb + head * stride_kh
+    values += batch * stride_vb + head * stride_vh
+    share = tl.cdiv(tl.cdiv(key_total, BLOCK_N), SPLITS) * BLOCK_N
+    first = split * share
+    last = tl.minimum(first + share, key_total)
+    if PDL and SPLITS > 1:  # few queries: the keys are what takes time
+        for start in range(first, last, BLOCK_N):
+            columns = tl.minimum(start + tl.arange(0, BLOCK_N), last - 1)
+            fetch_rows(keys + columns * stride_ks, 0, HEAD, HEAD)
+            fetch_rows(values + columns * stride_vs, 0, HEAD, HEAD)
+    begin(PDL)
 
     # A row is one query head of one token.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,11 +136,7 @@ def _attention_kernel(
         highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
 
-        keys += batch * stride_kb + head * stride_kh
-        values += batch * stride_vb + head * stride_vh
-        share = tl.cdiv(tl.cdiv(key_total, BLOCK_N), SPLITS) * BLOCK_N
-        first = split * share
-        for start in range(first, tl.minimum(first + share, key_total), BLOCK_N):
+        for start in range(first, last, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             valid = columns < key_total
             key = _load_heads(keys, columns * stride_ks, valid, 0, MAIN, HEAD)
@@ -146,9 +155,7 @@ def _attention_kernel(
             acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
             if TAIL > 0:
                 value_tail = _load_heads(values, columns * stride_vs, valid, MAIN, TAIL, HEAD)
-                acc_tail = tl.dot(
-                    weights.to(value.dtype), value_tail, acc_tail * shrink[:, None]
-                )
+                acc_tail = tl.dot(weights.to(value.dtype), value_tail, acc_tail * shrink[:, None])
 
         # A split without keys has total 0: an average of zeros, with a weight of 2^-inf.
         inverse = 1.0 / tl.where(total > 0, total, 1.0)
@@ -323,7 +330,15 @@ def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
     rows = case["t"] * case["q"] // case["kv"]
     tiles = case["b"] * case["kv"] * math.ceil(rows / 64)
     splits = (1, 2) if tiles >= 64 else (16, 8, 12, 4)
-    shapes = ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 4, 2), (32, 64, 4, 2))
+    shapes = (
+        (64, 64, 4, 2),
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
+        (128, 64, 8, 2),
+        (128, 32, 8, 2),
+        (64, 128, 4, 2),
+        (32, 64, 4, 2),
+    )
     pdl = device.is_hopper_or_newer
     return tuple(
         AttentionLaunch(warps, stages, pdl, block_m, block_n, split)

@@ -45,9 +45,7 @@ def _many_rows(k: int, itemsize: int, device: Device) -> list[TileLaunch]:
     step = _LINE_BYTES // itemsize
     pdl = device.is_hopper_or_newer
     plain = [
-        TileLaunch(
-            block_m=m, block_n=n, block_k=step, num_warps=warps, num_stages=stages, pdl=pdl
-        )
+        TileLaunch(block_m=m, block_n=n, block_k=step, num_warps=warps, num_stages=stages, pdl=pdl)
         for m, n, warps, stages in _MANY_ROWS
     ]
     descriptors_align = device.is_hopper_or_newer and k * itemsize % 16 == 0

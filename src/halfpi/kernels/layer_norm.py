@@ -38,16 +38,17 @@ def _layer_norm_kernel(
     x, weight, bias, out, scale, count, M, D,
     EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     row = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_D)
+    inside = cols < D
+    factor = tl.load(weight + cols, mask=inside, other=0.0)
+    summand = tl.load(bias + cols, mask=inside, other=0.0)
+    begin(PDL)
     if row < valid_count(count, 0, M):
-        cols = tl.arange(0, BLOCK_D)
-        inside = cols < D
         value = tl.load(x + row * D + cols, mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value - tl.sum(value) / D, 0.0)
         value *= tl.rsqrt(tl.sum(value * value) / D + EPS)
-        value *= tl.load(weight + cols, mask=inside, other=0.0)
-        value += tl.load(bias + cols, mask=inside, other=0.0)
+        value = value * factor + summand
         store(out + row * D + cols, value, scale, inside)
 
 

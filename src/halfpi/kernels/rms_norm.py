@@ -46,13 +46,14 @@ def _rms_norm_kernel(
     x, gain, out, scale, count, M, D,
     EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     row = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_D)
+    inside = cols < D
+    factor = tl.load(gain + cols, mask=inside, other=0.0)
+    begin(PDL)
     if row < valid_count(count, 0, M):
-        cols = tl.arange(0, BLOCK_D)
-        inside = cols < D
         value = tl.load(x + row * D + cols, mask=inside, other=0.0).to(tl.float32)
-        value = rms_normalised(value, D, EPS) * tl.load(gain + cols, mask=inside, other=0.0)
+        value = rms_normalised(value, D, EPS) * factor
         store(out + row * D + cols, value, scale, inside)
 
 

@@ -84,6 +84,10 @@ class Case:
     def __getitem__(self, name: str) -> int:
         return self.sizes[name]
 
+    def __str__(self) -> str:
+        names = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.out_dtype))
+        return f"{self.name}-{'-'.join(names)}"
+
     @property
     def workspace_dtype(self) -> torch.dtype:
         """Of partial results: 16 bit, like the outputs that they become, halve their traffic."""
@@ -132,7 +136,9 @@ class Problem:
         """
         values = self.reference(
             **{
-                name: value.bfloat16() if isinstance(value, Tensor) and value.dtype == FP8 else value
+                name: value.bfloat16()
+                if isinstance(value, Tensor) and value.dtype == FP8
+                else value
                 for name, value in self.inputs.items()
             }
         )
@@ -184,9 +190,7 @@ def error_ratio(problem: Problem) -> float:
     The larger of the ratios of the root mean square and of the largest error, over all outputs.
     """
     ratios = []
-    for output, plain, truth in zip(
-        problem.outputs, problem.plain(), problem.truth(), strict=True
-    ):
+    for output, plain, truth in zip(problem.outputs, problem.plain(), problem.truth(), strict=True):
         stored = dequantised(output.tensor, output.scale)
         ours, theirs = output.written(stored - truth), output.written(plain - truth)
         ratios.append(ours.square().mean().sqrt() / theirs.square().mean().sqrt())

@@ -116,9 +116,7 @@ def launch_linear(
 def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, Any]:
     if not launch.tma:
         return x, weight
-    x_block, weight_block = (
-        [rows, launch.block_k] for rows in (launch.block_m, launch.block_n)
-    )
+    x_block, weight_block = ([rows, launch.block_k] for rows in (launch.block_m, launch.block_n))
     return (
         TensorDescriptor.from_tensor(x, x_block),
         TensorDescriptor.from_tensor(weight, weight_block),

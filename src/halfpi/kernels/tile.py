@@ -57,12 +57,14 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def fetch(pointers):
-    """Bring the lines that `pointers` are in to L2; a hint that returns at once."""
+def fetch_rows(rows, first, last, WIDTH: tl.constexpr):
+    """Bring WIDTH elements of each of `rows`, from `first` to below `last`, to L2; only a hint."""
+    LINE: tl.constexpr = LINE_BYTES * 8 // rows.dtype.element_ty.primitive_bitwidth
+    lines = first + tl.arange(0, triton.next_power_of_2(triton.cdiv(WIDTH, LINE))) * LINE
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
-        [pointers],
+        [rows[:, None] + tl.minimum(lines, last - 1)[None, :]],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -74,17 +76,12 @@ def begin_product(
     weight, col, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """`begin`, fetching the first AHEAD steps of the weights of this tile in between."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD > 0:
-            LINE: tl.constexpr = LINE_BYTES // (weight.dtype.element_ty.primitive_bitwidth // 8)
-            cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1)
-            rows = weight + cols.to(tl.int64)[:, None] * K
-            lines = tl.arange(0, tl.cdiv(BLOCK_K, LINE))[None, :] * LINE
-            for step in tl.static_range(AHEAD):
-                fetch(rows + tl.minimum(k + step * BLOCK_K + lines, K - 1))
-        tl.extra.cuda.gdc_wait()
+    """`begin`, but first fetch the weights of this tile for AHEAD steps from `k` on."""
+    if AHEAD > 0:
+        cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        for step in tl.static_range(AHEAD):
+            fetch_rows(weight + cols * K, k + step * BLOCK_K, K, BLOCK_K)
+    begin(PDL)
 
 
 @triton.jit
