@@ -117,7 +117,6 @@ class ProcessingConfig:
     prompt_state_dim: int | None = None
     max_prompt_tokens: int = 200
     default_prompt: str | None = None
-    tokenizer: str | None = None
 
     robot: RobotName = "none"
     robot_action_dim: int = 32

@@ -55,9 +55,10 @@ class Policy:
     ) -> ActionChunk:
         """One chunk of actions for `observation`.
 
-        noise: float32 (h, a), drawn if absent. given: float32 (d, a), d ≤ h, the first actions of the
-        chunk, normalised as in `ActionChunk.normalized`, if they are already decided (training-time
-        real-time chunking). num_steps: Euler steps of this call, instead of the policy's.
+        noise: float32 (h, a), drawn if absent. given: float32 (d, a), d ≤ h, the first actions of
+        the chunk, normalised as in `ActionChunk.normalized`, if they are already decided
+        (training-time real-time chunking). num_steps: Euler steps of this call, instead of the
+        policy's.
 
         Raises ValueError that names what is wrong with the observation or an argument.
         """
@@ -100,6 +101,7 @@ def load_policy(
     num_steps: int = 10,
     tokenizer: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    asset_id: str | None = None,
     processing_overrides: Mapping[str, object] | None = None,
     **config_overrides: Any,
 ) -> Policy:
@@ -107,8 +109,8 @@ def load_policy(
 
     device: a torch device; CUDA if there is one, else the CPU. dtype: "float32" or "bfloat16".
     tokenizer: a tokenizer.json or SentencePiece .model; if absent, the checkpoint is searched and
-    then the usual caches. processing_overrides: fields of `ProcessingConfig`, config_overrides of
-    `Pi05Config`, for what the checkpoint does not say.
+    then the usual caches. asset_id, processing_overrides, config_overrides: as in
+    `open_checkpoint`, for what the checkpoint does not say.
 
     Raises ValueError (CheckpointError for the checkpoint's own files) naming what is missing or
     wrong; a checkpoint without normalisation statistics is refused unless the overrides set
@@ -116,11 +118,12 @@ def load_policy(
     """
     checkpoint = open_checkpoint(
         NANO if path == "nano" else path,
+        asset_id=asset_id,
         processing_overrides=processing_overrides,
         **config_overrides,
     )
     _require_stats(checkpoint)
-    found = find_tokenizer(tokenizer, checkpoint.path)
+    found = find_tokenizer(None if tokenizer is None else Path(tokenizer), checkpoint.path)
     processor = Processor(
         checkpoint.processing, checkpoint.config.action_dim, load_tokenizer(found)
     )
@@ -135,8 +138,8 @@ def _require_stats(checkpoint: Checkpoint) -> None:
         mode, stats = (getattr(processing, f"{feature}_{part}") for part in ("norm", "stats"))
         if stats is None and mode != "identity":
             raise ValueError(
-                f"{checkpoint.path} has no normalisation statistics of the {feature}: actions would "
-                "come out in the wrong units. Put its norm_stats.json in place, or pass "
+                f"{checkpoint.path} has no normalisation statistics of the {feature}: actions "
+                "would come out in the wrong units. Put its norm_stats.json in place, or pass "
                 f"processing_overrides={{'{feature}_norm': 'identity'}} to go without"
             )
 

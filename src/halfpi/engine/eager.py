@@ -1,4 +1,4 @@
-"""The stages in plain torch on any device: the baseline of every other engine, and what a CPU runs."""
+"""The stages in plain torch on any device: the baseline of other engines, and what a CPU runs."""
 
 from __future__ import annotations
 

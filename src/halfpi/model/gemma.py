@@ -50,6 +50,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (..., d)."""
         normed = F.rms_norm(x.float(), self.weight.shape, 1 + self.weight, NORM_EPS)
         return normed.to(x.dtype)
 
@@ -123,6 +124,7 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., d) → (..., d)."""
         out: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
         return out
 
@@ -136,6 +138,7 @@ class KeyValueBlock(nn.Module):
         self.attn = KeyValue(config, config.prefix_width)
 
     def forward(self, x: Tensor, positions: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys and values of `x` (b, s, d), each (b, kv, s, k)."""
         return self.attn.key_value(self.attn_norm(x), positions)
 
 

@@ -19,6 +19,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (..., d)."""
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -34,6 +35,7 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of `x` (b, t, d) → (b, t, d)."""
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v)
         )
@@ -51,6 +53,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., d) → (..., d)."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         return out
 
@@ -66,6 +69,7 @@ class VisionBlock(nn.Module):
         self.mlp = Mlp(config.vision_width, config.vision_mlp)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One layer over `x` (b, t, d) → (b, t, d)."""
         x = x + self.attn(self.attn_norm(x))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out

@@ -51,16 +51,9 @@ class Processor:
         self.config = config
         self.action_dim = action_dim
         self.tokenizer = tokenizer
-        _check_choices(config)
+        check_processing(config, action_dim)
         self._robot = ROBOTS[config.robot]
-        _check_dimensions(config, self._robot, action_dim)
-        rule, eps = config.norm_rule, config.norm_eps
-        self.state_normalizer = Normalizer(
-            "state", config.state_norm, rule, eps, config.state_stats
-        )
-        self.action_normalizer = Normalizer(
-            "action", config.action_norm, rule, eps, config.action_stats
-        )
+        self.state_normalizer, self.action_normalizer = _normalizers(config)
 
     def inputs(self, observation: Observation) -> ModelInputs:
         """The model's tensors.
@@ -143,6 +136,22 @@ def _padded(state: Floats, dim: int | None) -> Floats:
     if len(state) > dim:
         raise ValueError(f"prompt_state_dim is {dim}, but the state has {len(state)} values")
     return np.pad(state, (0, dim - len(state)))
+
+
+def check_processing(config: ProcessingConfig, action_dim: int) -> None:
+    """Raise ValueError where `config` contradicts itself, its robot or a model of `action_dim`."""
+    _check_choices(config)
+    _check_dimensions(config, ROBOTS[config.robot], action_dim)
+    _normalizers(config)
+
+
+def _normalizers(config: ProcessingConfig) -> tuple[Normalizer, Normalizer]:
+    """Of the state and of the actions."""
+    rule, eps = config.norm_rule, config.norm_eps
+    return (
+        Normalizer("state", config.state_norm, rule, eps, config.state_stats),
+        Normalizer("action", config.action_norm, rule, eps, config.action_stats),
+    )
 
 
 def _check_dimensions(config: ProcessingConfig, robot: Robot, action_dim: int) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 # Where a checkpoint may carry its tokenizer; LeRobot writes the first.
-_IN_CHECKPOINT = (
+TOKENIZER_FILES = (
     "tokenizer/tokenizer.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -83,7 +83,7 @@ def find_tokenizer(explicit: str | Path | None, checkpoint: Path | None) -> Path
 
 def _candidates(checkpoint: Path | None) -> Iterator[Path]:
     if checkpoint is not None:
-        yield from (checkpoint / name for name in _IN_CHECKPOINT)
+        yield from (checkpoint / name for name in TOKENIZER_FILES)
     openpi_cache = os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")
     yield Path(openpi_cache).expanduser() / "big_vision" / "paligemma_tokenizer.model"
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"

@@ -19,7 +19,7 @@ MAX_STEPS = 300
 
 
 class MetaWorldEnvironment:
-    """A task of Meta-World v3 with random object and goal positions drawn from the seed of each episode.
+    """A task of Meta-World v3; the seed of an episode decides where objects and goals are.
 
     Actions are float (4,): hand displacement per step (1 = 1 cm) and gripper effort, clipped to ±1.
     """
@@ -33,11 +33,13 @@ class MetaWorldEnvironment:
 
             self._env: Any = ALL_V3_ENVIRONMENTS[task.environment]()
         self.task = task
-        # Without a task object from a benchmark, Meta-World draws positions from its own seeded generator.
+        # Without a task object from a benchmark, Meta-World draws positions from its own seeded
+        # generator.
         self._env._set_task_called = True
         self._env._freeze_rand_vec = False
         self._env._partially_observable = False
-        # The cached observation space still clips the goal to zero, and observations are clipped to it.
+        # The cached observation space still clips the goal to zero, and observations are clipped to
+        # it.
         vars(self._env).pop("sawyer_observation_space", None)
         self._env.seeded_rand_vec = True
         self._env.max_path_length = np.iinfo(np.int64).max
@@ -72,10 +74,11 @@ class MetaWorldEnvironment:
             warnings.simplefilter("ignore")  # it announces every clipped action
             # Some experts write into the array they are given.
             action = self._expert.get_action(self._full_state.copy())
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
+        clipped: NDArray[np.float32] = np.clip(action, -1.0, 1.0).astype(np.float32)
+        return clipped
 
     def expert_chunk(self, horizon: int) -> NDArray[np.float32]:
-        """The expert's next `horizon` actions (horizon, 4), played on a copy of the present state."""
+        """The expert's next actions (horizon, 4), played on a copy of the present state."""
         saved = self._save()
         chunk = np.empty((horizon, ACTION_DIM), np.float32)
         for step in range(horizon):

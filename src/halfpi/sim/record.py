@@ -1,9 +1,10 @@
 """Demonstrations by Meta-World's scripted experts, disturbed by bursts of action noise.
 
-An undisturbed expert only ever shows the states on its own path, so a policy trained on it cannot come back
-once it has left that path. Here bursts of a constant random push (and sometimes a flipped gripper) carry the
-arm away, while every recorded frame is labelled with what the expert would do *from there*: its next `horizon`
-actions, played out on a copy of the simulation. A label therefore never contains noise.
+An undisturbed expert only ever shows the states on its own path, so a policy trained on it cannot
+come back once it has left that path. Here bursts of a constant random push (and sometimes a flipped
+gripper) carry the arm away, while every recorded frame is labelled with what the expert would do
+*from there*: its next `horizon` actions, played out on a copy of the simulation. A label therefore
+never contains noise.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STEPS_AFTER_SUCCESS = 8
 
 @dataclass(frozen=True)
 class BurstConfig:
-    """Noise bursts: chance of one at the start, chance a step of another, lengths in control steps."""
+    """Noise bursts: chance at the start and at each later step, longest in control steps."""
 
     start_chance: float = 0.5
     start_steps: int = 20
@@ -54,9 +55,9 @@ class RecordConfig:
 class Frames:
     """Recorded frames, first axis f.
 
-    images uint8 (f, camera, size, size, 3); states float32 (f, 4); chunks float32 (f, horizon, 4), the
-    expert's actions from this frame on; full_states float32 (f, 39), what the expert saw; episodes int64 (f,),
-    the seed of the episode.
+    images uint8 (f, camera, size, size, 3); states float32 (f, 4); chunks float32 (f, horizon, 4),
+    the expert's actions from this frame on; full_states float32 (f, 39), what the expert saw;
+    episodes int64 (f,), the seed of the episode.
     """
 
     images: NDArray[np.uint8]
@@ -80,7 +81,7 @@ class Frames:
 
     @classmethod
     def load(cls, path: Path) -> Frames:
-        """Read what `save` wrote. Raises ValueError that names a file which is not such a recording."""
+        """Read what `save` wrote; raises ValueError that names a file which is none."""
         names = [field.name for field in dataclasses.fields(cls)]
         try:
             with np.load(path, allow_pickle=False) as data:
@@ -171,10 +172,10 @@ def record(
     config: RecordConfig | None = None,
     workers: int | None = None,
 ) -> Iterator[tuple[Path, int, int]]:
-    """Record `episodes` seeds of each task into `directory`, in parallel; yields (shard, solved, frames).
+    """Record `episodes` seeds of each task in parallel; yields (shard, solved episodes, frames).
 
-    A shard that is there already is kept, so an interrupted recording goes on where it stopped. Demonstrations
-    that the expert did not finish are left out.
+    A shard that is there already is kept, so an interrupted recording goes on where it stopped.
+    Demonstrations that the expert did not finish are left out.
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards = [
@@ -211,7 +212,7 @@ def _record_shard(shard: _Shard) -> tuple[Path, int, int]:
 
 
 def load_recordings(directory: Path) -> dict[str, list[Path]]:
-    """The shards in `directory` by task. Raises ValueError if there are none, or of an unknown task."""
+    """The shards in `directory` by task; raises ValueError on none, or one of no known task."""
     shards: dict[str, list[Path]] = {}
     for path in sorted(directory.glob("*.npz")):
         task = path.stem.rsplit("-", 1)[0]

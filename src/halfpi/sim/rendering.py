@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import mujoco
 
-# A view from above the far right corner: it sees the gripper, the faces of drawers, doors and machines that
-# are turned to the robot, and the goal markers on the table. (azimuth°, elevation°, distance m, look-at m)
+# A view from above the far right corner: it sees the gripper, the faces of drawers, doors and
+# machines that are turned to the robot, and the goal markers on the table. (azimuth°, elevation°,
+# distance m, look-at m)
 SCENE_VIEW = (200.0, -48.0, 1.05, (0.0, 0.68, 0.1))
 WRIST_CAMERA = "gripperPOV"
 CAMERAS = ("scene", "wrist")
@@ -25,7 +26,8 @@ class RenderingUnavailableError(RuntimeError):
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"headless OpenGL is not available ({reason}); on Debian or Ubuntu install it with "
-            "'apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri', or 'apt-get install libosmesa6'"
+            "'apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0', "
+            "or 'apt-get install libosmesa6'"
         )
 
 
@@ -37,12 +39,12 @@ def choose_gl() -> str:
     # Several processes render side by side, so each rasterises on its own thread alone.
     os.environ.setdefault("LP_NUM_THREADS", "1")
     if "MUJOCO_GL" not in os.environ:
-        for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-            if ctypes.util.find_library(library):
+        for backend, libraries in (("egl", ("EGL", "OpenGL")), ("osmesa", ("OSMesa",))):
+            if all(map(ctypes.util.find_library, libraries)):
                 os.environ["MUJOCO_GL"] = backend
                 break
         else:
-            raise RenderingUnavailableError("neither libEGL nor libOSMesa was found")
+            raise RenderingUnavailableError("neither libEGL with libOpenGL nor libOSMesa was found")
     return os.environ["MUJOCO_GL"]
 
 

@@ -1,8 +1,9 @@
 """The Meta-World tasks that nano knows, with the sentences that name them.
 
-Meta-World has no language of its own: the first sentence of a task is its instruction, used in evaluation;
-the others are paraphrases, drawn at random while training. `PRECISE` tasks need a grasp or an alignment.
-`SHARED_SCENE` pairs tasks whose scenes look alike, so that only the sentence tells them apart.
+Meta-World has no language of its own: the first sentence of a task is its instruction, used in
+evaluation; the others are paraphrases, drawn at random while training. `PRECISE` tasks need a grasp
+or an alignment. `SHARED_SCENE` pairs tasks whose scenes look alike, so that only the sentence tells
+them apart.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ SHARED_SCENE: dict[str, str] = {
 
 
 def select(names: Iterable[str]) -> list[Task]:
-    """The named tasks in order; "all" and "precise" are groups. Raises ValueError on an unknown name."""
+    """The named tasks; "all" and "precise" are groups. Raises ValueError on an unknown name."""
     groups = {"all": tuple(TASKS), "precise": PRECISE}
     chosen: dict[str, Task] = {}
     for name in names:

@@ -20,7 +20,8 @@ from halfpi.sim.rendering import CAMERAS
 from halfpi.sim.tasks import PRECISE, TASKS
 from halfpi.training.loss import Batch
 
-# Hand, gripper and objects of the present frame, and the goal; the frame before in between says little more.
+# Hand, gripper and objects of the present frame, and the goal; the frame before in between says
+# little more.
 LOCATED = [*range(18), 36, 37, 38]
 PRECISE_WEIGHT = 2.5
 SHIFT_PIXELS = 2
@@ -29,7 +30,7 @@ BRIGHTNESS, CONTRAST = 0.15, 0.15
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """All recorded frames in memory; as in `Frames`, and the index of each frame's task in `TASKS`."""
+    """All recorded frames in memory, and the index in `TASKS` of each frame's task."""
 
     frames: Frames
     tasks: NDArray[np.int64]
@@ -66,8 +67,9 @@ def _stats(values: NDArray[np.float32]) -> FeatureStats:
 class Batches:
     """Random batches of demonstrations, the same for the same seed and step.
 
-    Tasks are drawn evenly, the precise ones `PRECISE_WEIGHT` times as often; sentences are drawn from a task's
-    paraphrases; images are shifted by up to two pixels and change in brightness and contrast.
+    Tasks are drawn evenly, the precise ones `PRECISE_WEIGHT` times as often; sentences are drawn
+    from a task's paraphrases; images are shifted by up to two pixels and change in brightness and
+    contrast.
     """
 
     def __init__(
@@ -92,12 +94,12 @@ class Batches:
     @property
     def cameras(self) -> int:
         """The number of cameras in a recorded frame."""
-        return self._data.frames.images.shape[1]
+        return int(self._data.frames.images.shape[1])
 
     @property
     def located(self) -> int:
         """The number of auxiliary targets."""
-        return self._located.shape[1]
+        return int(self._located.shape[1])
 
     def batch(self, size: int, seed: int, step: int, device: torch.device) -> Batch:
         """The batch of `step`."""
@@ -131,7 +133,7 @@ class Batches:
 
 
 def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Shift, brighten and stretch `images` fp32 (b, n, 3, h, w) in [-1, 1], each camera on its own."""
+    """Shift and brighten `images` fp32 (b, n, 3, h, w) in [-1, 1], each camera on its own."""
     b, n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images.flatten(0, 1), (SHIFT_PIXELS,) * 4, mode="replicate")
     offsets = torch.from_numpy(generator.integers(0, 2 * SHIFT_PIXELS + 1, (b * n, 2, 1)))
@@ -143,8 +145,8 @@ def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
     brightness, contrast = (
         torch.from_numpy(change).to(images.device)[..., None, None, None].unbind(2)
     )
-    result = shifted.permute(0, 3, 1, 2).unflatten(0, (b, n))
-    return (result * (1 + CONTRAST * contrast) + BRIGHTNESS * brightness).clamp(-1, 1)
+    result = shifted.permute(0, 3, 1, 2).reshape(images.shape)
+    return torch.clamp(result * (1 + CONTRAST * contrast) + BRIGHTNESS * brightness, -1, 1)
 
 
 def _standardise(values: NDArray[np.float32]) -> NDArray[np.float32]:

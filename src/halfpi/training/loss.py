@@ -1,9 +1,10 @@
 """Flow matching for π0.5, with training-time real-time chunking.
 
-The model learns the velocity `noise − actions` at `x = t·noise + (1 − t)·actions` (openpi pi0.py). Time is drawn
-from Beta(1.5, 1), which favours high noise: there the plan is decided, and there few-step sampling lives. In part
-of the batches the first d actions are given clean at time 0, as they are at inference while an earlier chunk is
-still being executed (training-time RTC, LeRobot flow_matching.py); they carry no loss.
+The model learns the velocity `noise − actions` at `x = t·noise + (1 − t)·actions` (openpi pi0.py).
+Time is drawn from Beta(1.5, 1), which favours high noise: there the plan is decided, and there
+few-step sampling lives. In part of the batches the first d actions are given clean at time 0, as
+they are at inference while an earlier chunk is still being executed (training-time RTC, LeRobot
+flow_matching.py); they carry no loss.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Losses:
 class AuxiliaryHead(torch.nn.Module):
     """Predicts where hand, objects and goal are from the image tokens; thrown away after training.
 
-    Actions say little about what an image shows. Positions, which a simulator knows exactly, teach the vision
-    encoder to localise in a fraction of the steps.
+    Actions say little about what an image shows. Positions, which a simulator knows exactly, teach
+    the vision encoder to localise in a fraction of the steps.
     """
 
     def __init__(self, image_tokens: int, width: int, targets: int) -> None:
@@ -65,8 +66,8 @@ class AuxiliaryHead(torch.nn.Module):
 def losses(model: Pi05, head: AuxiliaryHead, batch: Batch, copies: int, given: int) -> Losses:
     """The losses of `batch`, with `copies` draws of noise and time for each observation.
 
-    The prefix does not depend on noise, so more draws cost only passes of the small expert. The first `given`
-    actions of every chunk are handed to the model clean.
+    The prefix does not depend on noise, so more draws cost only passes of the small expert. The
+    first `given` actions of every chunk are handed to the model clean.
     """
     image_tokens = model.vision(batch.images)
     prefix = model.prefill(image_tokens, batch.image_mask, batch.tokens, batch.token_mask)

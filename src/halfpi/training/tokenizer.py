@@ -1,13 +1,13 @@
 """nano's own tokenizer: byte-level BPE that knows every state bin as one token.
 
-Gemma's tokenizer may not be shipped, and splits numbers into digits. A vocabulary of our own keeps the prompt of a
-four-dimensional state near twenty tokens; bytes as the base alphabet mean that any instruction can be written.
+Gemma's tokenizer may not be shipped, and splits numbers into digits. A vocabulary of our own keeps
+the prompt of a four-dimensional state near twenty tokens; bytes as the base alphabet mean that any
+instruction can be written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -41,4 +41,4 @@ def number_tokens(tokenizer: Tokenizer) -> Mapping[int, int]:
     split = [number for number, pieces in ids.items() if len(pieces) != 1]
     if split:
         raise ValueError(f"the vocabulary splits state bins {split}; make it larger")
-    return {number: cast("int", pieces[0]) for number, pieces in ids.items()}
+    return {number: pieces[0] for number, pieces in ids.items()}

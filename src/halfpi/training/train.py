@@ -1,7 +1,8 @@
-"""The training loop: AdamW, warm-up, constant rate, cool-down; a moving average of the weights; resumable."""
+"""The training loop: AdamW with warm-up and cool-down, averaged weights, resumable."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import time
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
@@ -23,24 +23,26 @@ from halfpi.training.loss import AuxiliaryHead, losses
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. A run that is resumed with more `steps` goes on as if it had been asked for them at first,
+    """How to train.
+
+    A run that is resumed with more `steps` goes on as if it had been asked for them at first,
     unless it had begun to cool down.
     """
 
-    steps: int = 40_000
-    batch_size: int = 64
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
     noises_per_frame: int = 4
-    learning_rate: float = 6e-4
     weight_decay: float = 0.02
-    warmup_steps: int = 500
+    warmup_steps: int = 300
     cooldown_share: float = 0.25
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     given_share: float = 0.4
     max_given: int = 6
     auxiliary_weight: float = 0.3
-    checkpoint_every: int = 500
-    seed: int = 0
+    checkpoint_every: int = 200
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Progress:
 
 
 class Trainer:
-    """Holds what changes while training: model, average, optimizer, step."""
+    """Holds what changes while training; `averaged` is the model to use afterwards."""
 
     def __init__(
         self, model_config: Pi05Config, config: TrainConfig, batches: Batches, device: torch.device
@@ -69,20 +71,12 @@ class Trainer:
             cameras * model_config.tokens_per_image, model_config.prefix_width, batches.located
         ).to(device)
         self._initialise_numbers()
-        self._average = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
-        )
+        self.averaged = copy.deepcopy(self.model)
         self._optimizer = _optimizer(self.model, self._head, config)
         self.step = 0
 
-    @property
-    def averaged(self) -> Pi05:
-        """The model with the moving average of its weights: the one to use."""
-        model: Pi05 = self._average.module
-        return model
-
     def train(self, checkpoint: Path, seconds: float | None = None) -> Iterator[Progress]:
-        """Train to the configured step, or for `seconds`, saving to `checkpoint` on the way and at the end."""
+        """Train to the configured step, or for `seconds`, saving to `checkpoint` as it goes."""
         began = time.monotonic()
         sums, since, last = torch.zeros(2), time.monotonic(), self.step
         self.model.train()
@@ -114,12 +108,20 @@ class Trainer:
         if not bool(loss.isfinite()):
             raise RuntimeError(f"the loss became {float(loss)} at step {self.step}")
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self._optimizer.step()
-        self._average.update_parameters(self.model)
+        self._update_average()
         self.step += 1
         return torch.stack([result.flow.detach(), result.auxiliary.detach()]).cpu()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # Early on the average forgets faster, or it would remember the initial weights.
+        decay = min(self._config.ema_decay, (1 + self.step) / (10 + self.step))
+        pairs = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
+        for averaged, current in pairs:
+            averaged.lerp_(current, 1 - decay)
 
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs; the file appears whole or not at all."""
@@ -133,7 +135,8 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote.
 
-        Raises ValueError if the file is not such a checkpoint or of another model or training configuration.
+        Raises ValueError if the file is not such a checkpoint or of another model or training
+        configuration.
         """
         try:
             saved: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
@@ -151,7 +154,7 @@ class Trainer:
         return {
             "model": self.model,
             "head": self._head,
-            "average": self._average,
+            "averaged": self.averaged,
             "optimizer": self._optimizer,
         }
 
@@ -165,7 +168,7 @@ class Trainer:
         return {**train, "model": dataclasses.asdict(self.model.config)}
 
     def _initialise_numbers(self) -> None:
-        """Start the tokens of state bins as sines of their value, so that neighbours begin alike."""
+        """Start the tokens of state bins as sines of their value: neighbours begin alike."""
         table = self.model.prefix.embed.weight
         for number, token in self._batches.number_tokens.items():
             value = torch.tensor(number / 256)
@@ -175,7 +178,7 @@ class Trainer:
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
-    """The learning rate at `step` as a share of the highest: linear warm-up, constant, linear cool-down."""
+    """The learning rate as a share of the highest: linear warm-up, constant, linear cool-down."""
     warm = min(1.0, (step + 1) / config.warmup_steps)
     left = (config.steps - step) / max(1.0, config.cooldown_share * config.steps)
     return min(warm, left, 1.0)

@@ -1,0 +1,217 @@
+"""The `halfpi` command: its options, one dataclass a command, and nothing heavy.
+
+What a command does is in `halfpi.commands`, which is imported only when the command runs, so that
+`--help` answers at once. A docstring here is the help text of its command or option.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+Dtype = Literal["float32", "bfloat16"]
+
+DEMO_TASKS = (
+    "drawer-open",
+    "window-close",
+    "faucet-open",
+    "door-close",
+    "push",
+    "pick-place",
+    "hammer",
+)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Watch the policy that ships with halfpi solve Meta-World tasks in closed loop.
+
+    Without OpenGL for rendering, it runs on recorded frames instead and says what to install.
+    """
+
+    tasks: tuple[str, ...] = DEMO_TASKS
+    """Meta-World tasks, or the groups "all" and "precise"."""
+    episodes: int = 1
+    """Held-out episodes of each task."""
+    policy: str = "nano"
+    """A checkpoint directory, or "nano"."""
+    num_steps: int = 10
+    """Euler steps of a call."""
+    execute: int = 8
+    """Actions executed of each chunk before the next call."""
+    output: Path = Path("outputs/demo")
+    """Where the contact sheet of each episode goes."""
+    json: bool = False
+    """Print the results as JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure task success on held-out episodes, on all cores.
+
+    Several values of --num-steps or --execute make several settings, which play the same episodes
+    and are compared pair by pair.
+    """
+
+    tasks: tuple[str, ...] = ("all",)
+    """Meta-World tasks, or the groups "all" and "precise"."""
+    episodes: int = 50
+    """Held-out episodes of each task."""
+    policy: str = "nano"
+    """A checkpoint directory, or "nano"."""
+    num_steps: tuple[int, ...] = (10,)
+    """Euler steps of a call."""
+    execute: tuple[int, ...] = (8,)
+    """Actions executed of each chunk before the next call."""
+    dtype: Dtype = "float32"
+    """Working dtype of the model."""
+    wrong_instruction: bool = False
+    """Ask for the other task of a shared scene; only tasks that share one are played."""
+    workers: int | None = None
+    """Processes; one a core by default."""
+    output: Path | None = None
+    """Write the results to this JSON file."""
+    json: bool = False
+    """Print the results as JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Record demonstrations of Meta-World's scripted experts, disturbed by bursts of action noise.
+
+    An interrupted recording goes on where it stopped.
+    """
+
+    output: Positional[Path]
+    """Directory of the recordings."""
+    tasks: tuple[str, ...] = ("all",)
+    """Meta-World tasks, or the groups "all" and "precise"."""
+    episodes: int = 60
+    """Demonstrations of each task to try; those that the expert fails are left out."""
+    image_size: int = 84
+    """Height and width of the images."""
+    workers: int | None = None
+    """Processes; one a core by default."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a nano policy on recordings, and write it as a checkpoint when the last step is done.
+
+    A training that was stopped, or is asked for more steps, goes on from where it was.
+    """
+
+    recordings: Positional[Path]
+    """Directory that 'halfpi record' wrote."""
+    output: Positional[Path]
+    """Directory for the training state, and under "policy" the finished checkpoint."""
+    steps: int = 40_000
+    """Optimizer steps in all."""
+    batch_size: int = 64
+    """Frames a step."""
+    learning_rate: float = 5e-4
+    """The highest learning rate."""
+    minutes: float | None = None
+    """Stop after this long, to be resumed."""
+    device: str | None = None
+    """A torch device; CUDA if there is one, else the CPU."""
+    seed: int = 0
+    """Of initial weights, batches and noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What to read of a checkpoint, and what to add to it."""
+
+    checkpoint: Positional[str]
+    """A checkpoint directory of openpi (JAX or torch), LeRobot or halfpi; or "nano"."""
+    asset_id: str | None = None
+    """Whose normalisation statistics, when an openpi checkpoint has several robots'."""
+    model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE")] = ()
+    """Fields of Pi05Config that the checkpoint does not say, as vision_heads=4."""
+    processing: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE")] = ()
+    """Fields of ProcessingConfig that the checkpoint does not say, as prompt_state_dim=32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Source):
+    """Print what a checkpoint is: format, sizes, dtypes, processing, and what had to be assumed."""
+
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Source):
+    """Convert a checkpoint of any format into halfpi's own, one tensor in memory at a time."""
+
+    target: Positional[Path]
+    """The directory to write."""
+    dtype: Dtype | None = None
+    """Stored dtype; by default each tensor keeps its own."""
+    overwrite: bool = False
+    """Replace a halfpi checkpoint at the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infer(Source):
+    """Run one observation through a policy and print its actions, a row each, in robot units."""
+
+    prompt: str
+    """The instruction."""
+    state: tuple[float, ...]
+    """The robot's state, in its own units."""
+    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CAMERA=FILE")]
+    """Image files by camera; a camera that is left out is masked."""
+    tokenizer: Path | None = None
+    """A tokenizer.json or SentencePiece .model, if the checkpoint brings none."""
+    num_steps: int = 10
+    """Euler steps."""
+    seed: int = 0
+    """Of the noise."""
+    device: str | None = None
+    """A torch device; CUDA if there is one, else the CPU."""
+    dtype: Dtype = "float32"
+    """Working dtype of the model."""
+    json: bool = False
+    """Print JSON, with the milliseconds of each stage."""
+
+
+# Each command with the function that does it, as module and name under halfpi.commands.
+COMMANDS: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "demo": (Demo, "simulation", "demo"),
+    "eval": (Eval, "simulation", "evaluate"),
+    "record": (Record, "training", "record"),
+    "train": (Train, "training", "train"),
+    "inspect": (Inspect, "checkpoint", "inspect"),
+    "convert": (Convert, "checkpoint", "convert"),
+    "infer": (Infer, "checkpoint", "infer"),
+}
+
+
+def main() -> None:
+    """Entry point of the `halfpi` command; a user's mistake ends it with one line and status 1."""
+    options: object = tyro.extras.subcommand_cli_from_dict(
+        {name: options for name, (options, _, _) in COMMANDS.items()},
+        prog="halfpi",
+        description="A real-time inference engine for the robot policy π0.5.",
+    )
+    warnings.showwarning = _note
+    module, function = next(where for kind, *where in COMMANDS.values() if kind is type(options))
+    try:
+        getattr(import_module(f"halfpi.commands.{module}"), function)(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"halfpi: {error}")
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line for the user, without the place in the code."""
+    print(f"halfpi: note: {message}", file=sys.stderr)  # noqa: T201

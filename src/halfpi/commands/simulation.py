@@ -1,0 +1,96 @@
+"""`halfpi demo` and `halfpi eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from halfpi.commands.console import notes, output, print_json, track
+from halfpi.policy import load_policy
+from halfpi.sim import demo as sim_demo
+from halfpi.sim.evaluate import Episode, EvalConfig
+from halfpi.sim.evaluate import evaluate as play_all
+from halfpi.sim.rendering import RenderingUnavailableError
+from halfpi.sim.results import Setting, comparison_table, save_summaries, setting_table
+from halfpi.sim.tasks import SHARED_SCENE, TASKS, select
+
+if TYPE_CHECKING:
+    from halfpi.cli import Demo, Eval
+
+
+def demo(options: Demo) -> None:
+    """Play the demo in simulation, or on recorded frames where nothing can be rendered."""
+    tasks = select(options.tasks)
+    policy = load_policy(options.policy, num_steps=options.num_steps)
+    config = EvalConfig(options.policy, options.num_steps, options.execute)
+    notes.print(f"{options.policy} on {policy.engine.device}, {options.num_steps} steps a call")
+    played = sim_demo.play(policy, tasks, options.episodes, config, options.output)
+    try:
+        results = list(track(played, "episodes", len(tasks) * options.episodes))
+    except RenderingUnavailableError as error:
+        notes.print(f"[yellow]{error}.[/] Running on recorded frames instead, without simulation.")
+        _demo_on_frames(options)
+        return
+    setting = Setting(config, tuple(episode for episode, _ in results))
+    if options.json:
+        print_json({**setting.summary(), "sheets": [str(sheet) for _, sheet in results]})
+        return
+    output.print(setting_table(setting))
+    output.print(f"What the cameras saw: {options.output}/*.png")
+
+
+def _demo_on_frames(options: Demo) -> None:
+    policy = load_policy(options.policy, num_steps=options.num_steps)
+    results = list(sim_demo.play_frames(policy))
+    if options.json:
+        print_json({"recorded_frames": [dataclasses.asdict(result) for result in results]})
+        return
+    table = Table(title="recorded frames: one call each, against the scripted expert")
+    for name in ("task", "action error", "call ms"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for result in results:
+        row = f"{result.action_error:.3f}", f"{result.times.total_ms:.1f}"
+        table.add_row(result.task, *row)
+    error = np.mean([result.action_error for result in results])
+    table.add_section()
+    table.add_row("mean", f"{error:.3f}", f"{np.median([r.times.total_ms for r in results]):.1f}")
+    output.print(table)
+
+
+def evaluate(options: Eval) -> None:
+    """Play every setting on the same episodes, and compare them."""
+    tasks, prompts = select(options.tasks), dict[str, str]()
+    if options.wrong_instruction:
+        tasks = [task for task in tasks if task.name in SHARED_SCENE]
+        prompts = {task.name: TASKS[SHARED_SCENE[task.name]].instruction for task in tasks}
+    if not tasks or options.episodes < 1:
+        raise ValueError("nothing to evaluate: no task that shares a scene, or no episodes")
+    settings = []
+    for num_steps, execute in itertools.product(options.num_steps, options.execute):
+        config = EvalConfig(options.policy, num_steps, execute, dtype=options.dtype)
+        played = play_all(tasks, options.episodes, config, prompts, options.workers)
+        name = f"{num_steps} steps, {execute} actions a call"
+        episodes = track(played, name, len(tasks) * options.episodes)
+        settings.append(Setting(config, _sorted(episodes)))
+    _report(settings, options.json, options.output)
+
+
+def _sorted(episodes: Any) -> tuple[Episode, ...]:
+    return tuple(sorted(episodes, key=lambda episode: (episode.task, episode.seed)))
+
+
+def _report(settings: list[Setting], as_json: bool, path: Path | None) -> None:
+    if path is not None:
+        save_summaries(settings, path)
+    if as_json:
+        print_json([setting.summary() for setting in settings])
+        return
+    for setting in settings:
+        output.print(setting_table(setting))
+    if len(settings) > 1:
+        output.print(comparison_table(settings))

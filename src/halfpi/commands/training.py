@@ -1,0 +1,90 @@
+"""`halfpi record` and `halfpi train`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfpi.checkpoints import save_model
+from halfpi.commands.console import notes, track
+from halfpi.config import PRESETS, ProcessingConfig, processing_from_json, to_json
+from halfpi.processing.tokenizer import load_tokenizer
+from halfpi.sim.record import EPISODES_PER_SHARD, RecordConfig
+from halfpi.sim.record import record as record_all
+from halfpi.sim.tasks import TASKS, select
+from halfpi.training.data import Batches, Demonstrations
+from halfpi.training.tokenizer import number_tokens, train_tokenizer
+from halfpi.training.train import TrainConfig, Trainer
+
+if TYPE_CHECKING:
+    from halfpi.cli import Record, Train
+
+
+def record(options: Record) -> None:
+    """Record demonstrations, and say how many there are."""
+    tasks = select(options.tasks)
+    config = RecordConfig(image_size=options.image_size)
+    shards = record_all(tasks, options.episodes, options.output, config, options.workers)
+    total = len(tasks) * math.ceil(options.episodes / EPISODES_PER_SHARD)
+    made = list(track(shards, "shards", total))
+    solved, frames = (
+        (sum(counts) for counts in zip(*(m[1:] for m in made), strict=True)) if made else (0, 0)
+    )
+    notes.print(f"recorded {solved} demonstrations, {frames} frames, in {len(made)} new shards")
+
+
+def train(options: Train) -> None:
+    """Train, resuming what is there; write the checkpoint when the last step is done."""
+    config = PRESETS["nano"]
+    data = Demonstrations.load(options.recordings)
+    options.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = options.output / "tokenizer.json"
+    vocabulary = train_tokenizer(
+        (s for t in TASKS.values() for s in t.sentences), config.vocab_size
+    )
+    vocabulary.save(str(tokenizer))
+    processing = _processing(options.output / "processing.json", data)
+    batches = Batches(data, processing, load_tokenizer(tokenizer), number_tokens(vocabulary))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(config, _train_config(options), batches, torch.device(device))
+    state = options.output / "state.pt"
+    if state.exists():
+        trainer.resume(state)
+        notes.print(f"resuming at step {trainer.step}")
+    seconds = None if options.minutes is None else options.minutes * 60
+    for progress in trainer.train(state, seconds):
+        notes.print(
+            f"step {progress.step}/{options.steps}  flow {progress.flow_loss:.4f}  "
+            f"auxiliary {progress.auxiliary_loss:.4f}  {progress.steps_per_second:.1f} steps/s"
+        )
+    if trainer.step < options.steps:
+        notes.print(f"stopped at step {trainer.step}; run the command again to go on")
+        return
+    target = options.output / "policy"
+    save_model(trainer.averaged, processing, target, tokenizer=tokenizer, overwrite=target.exists())
+    notes.print(f"wrote {target}")
+
+
+def _processing(path: Path, data: Demonstrations) -> ProcessingConfig:
+    """The processing of the first run: recordings may grow, a model knows one set of statistics."""
+    if path.exists():
+        return processing_from_json(json.loads(path.read_text()))
+    processing = data.processing(PRESETS["nano"])
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(to_json(processing)))
+    temporary.rename(path)
+    return processing
+
+
+def _train_config(options: Train) -> TrainConfig:
+    return TrainConfig(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )

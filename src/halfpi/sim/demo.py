@@ -1,0 +1,75 @@
+"""The demo: closed loop in Meta-World, or recorded frames where nothing can be rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from halfpi.policy import NANO, Policy
+from halfpi.sim.environment import MetaWorldEnvironment
+from halfpi.sim.evaluate import Episode, EvalConfig, play_episode
+from halfpi.sim.record import HELD_OUT_SEED, Frames
+from halfpi.sim.rendering import CAMERAS
+from halfpi.sim.tasks import TASKS, Task
+from halfpi.types import Observation, StageTimes
+
+RECORDED_FRAMES = NANO / "frames.npz"
+SHEET_COLUMNS = 12
+TILE = 112
+
+
+def play(
+    policy: Policy, tasks: list[Task], episodes: int, config: EvalConfig, directory: Path
+) -> Iterator[tuple[Episode, Path]]:
+    """Play held-out episodes one after the other; yields each with its contact sheet.
+
+    Raises RenderingUnavailableError before the first episode where no OpenGL can be had.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        environment = MetaWorldEnvironment(task, policy.processor.config.image_size)
+        for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + episodes):
+            seen: list[Observation] = []
+            episode = play_episode(policy, environment, seed, config, watch=seen.append)
+            sheet = directory / f"{task.name}-{seed}.png"
+            contact_sheet(seen).save(sheet)
+            yield episode, sheet
+        environment.close()
+
+
+def contact_sheet(observations: list[Observation]) -> Image.Image:
+    """What the cameras saw, a row for each camera, at up to twelve calls from first to last."""
+    count = min(SHEET_COLUMNS, len(observations))
+    chosen = [
+        observations[i] for i in np.linspace(0, len(observations) - 1, count).round().astype(int)
+    ]
+    sheet = Image.new("RGB", (TILE * count, TILE * len(CAMERAS)))
+    for column, observation in enumerate(chosen):
+        for row, camera in enumerate(CAMERAS):
+            tile = Image.fromarray(observation.images[camera]).resize((TILE, TILE))
+            sheet.paste(tile, (column * TILE, row * TILE))
+    return sheet
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """One call on a recorded frame, against what the expert did there."""
+
+    task: str
+    action_error: float
+    times: StageTimes
+
+
+def play_frames(policy: Policy, path: Path = RECORDED_FRAMES) -> Iterator[FrameResult]:
+    """Run the policy on the frames recorded for nano, one a task; needs no simulator."""
+    frames = Frames.load(path)
+    for task, row in zip(TASKS.values(), range(len(frames.states)), strict=True):
+        images: dict[str, NDArray[np.uint8]] = dict(zip(CAMERAS, frames.images[row], strict=True))
+        chunk = policy.infer(Observation(images, frames.states[row], task.instruction))
+        difference = np.abs(np.clip(chunk.actions, -1, 1) - frames.chunks[row])
+        yield FrameResult(task.name, float(difference.mean()), chunk.times)

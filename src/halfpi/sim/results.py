@@ -1,0 +1,139 @@
+"""What an evaluation found: summaries, tables for people, and JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from halfpi.sim.evaluate import Episode, EvalConfig
+from halfpi.sim.statistics import PairedDifference, Proportion
+from halfpi.sim.tasks import PRECISE
+from halfpi.types import StageTimes
+
+STAGES = tuple(field.name for field in dataclasses.fields(StageTimes))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting and all its episodes."""
+
+    config: EvalConfig
+    episodes: tuple[Episode, ...]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks played, sorted by name."""
+        return sorted({episode.task for episode in self.episodes})
+
+    def success(self, tasks: Sequence[str] | None = None) -> Proportion:
+        """The success rate over the episodes of `tasks`, or of all."""
+        return Proportion.of(e.success for e in self.episodes if tasks is None or e.task in tasks)
+
+    def mean_success(self, tasks: Sequence[str]) -> float:
+        """The mean over `tasks` of their success rates."""
+        return float(np.mean([self.success([task]).rate for task in tasks]))
+
+    def against(self, other: Setting) -> PairedDifference:
+        """How much better this setting is than `other` on the same episodes."""
+        first, second = ({(e.task, e.seed): e.success for e in s.episodes} for s in (other, self))
+        return PairedDifference.of(first, second)
+
+    def median_ms(self, stage: str, tasks: Sequence[str] | None = None) -> float:
+        """The median over calls of a stage ("vision_ms", …) or "total_ms"."""
+        times = [t for e in self.episodes if tasks is None or e.task in tasks for t in e.times]
+        return float(np.median([getattr(t, stage) for t in times]))
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready figures."""
+        precise = [task for task in self.tasks if task in PRECISE]
+        return {
+            "config": dataclasses.asdict(self.config),
+            "mean_success": self.mean_success(self.tasks),
+            "mean_success_precise": self.mean_success(precise) if precise else None,
+            "median_ms": {stage: self.median_ms(stage) for stage in (*STAGES, "total_ms")},
+            "tasks": {task: self._task_summary(task) for task in self.tasks},
+        }
+
+    def _task_summary(self, task: str) -> dict[str, Any]:
+        episodes = [episode for episode in self.episodes if episode.task == task]
+        solved = [episode.steps for episode in episodes if episode.success]
+        success = self.success([task])
+        return {
+            "prompt": episodes[0].prompt,
+            "successes": success.successes,
+            "episodes": success.trials,
+            "interval": success.interval,
+            "median_steps": float(np.median(solved)) if solved else None,
+            "action_error": float(np.mean([episode.action_error for episode in episodes])),
+        }
+
+
+def setting_table(setting: Setting) -> Table:
+    """Task by task: success with its interval, steps, control rate and milliseconds a stage."""
+    config = setting.config
+    table = Table(
+        title=f"{config.policy}, {config.num_steps} steps, {config.execute} actions a call"
+    )
+    for name in ("task", "success", "95 %", "steps", "action error", "control Hz"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for stage in STAGES:
+        table.add_column(stage.removesuffix("_ms") + " ms", justify="right")
+    for task, row in setting.summary()["tasks"].items():
+        table.add_row(
+            task,
+            f"{row['successes']}/{row['episodes']}",
+            _interval(row["interval"]),
+            "–" if row["median_steps"] is None else f"{row['median_steps']:.0f}",
+            f"{row['action_error']:.3f}",
+            f"{config.execute * 1000 / setting.median_ms('total_ms', [task]):.0f}",
+            *(f"{setting.median_ms(stage, [task]):.1f}" for stage in STAGES),
+        )
+    overall = setting.success()
+    table.add_section()
+    mean = f"{100 * setting.mean_success(setting.tasks):.1f} %"
+    table.add_row("mean", mean, _interval(overall.interval))
+    precise = [task for task in setting.tasks if task in PRECISE]
+    if precise:
+        mean = f"{100 * setting.mean_success(precise):.1f} %"
+        table.add_row("mean, precise", mean, _interval(setting.success(precise).interval))
+    return table
+
+
+def comparison_table(settings: Sequence[Setting]) -> Table:
+    """Every setting's success, and its paired difference to the first."""
+    table = Table(title="settings, paired by episode")
+    for name in ("steps", "actions a call", "success", "95 %", "difference", "95 %", "call ms"):
+        table.add_column(name, justify="right")
+    for setting in settings:
+        success, paired = setting.success(), setting.against(settings[0])
+        low, high = paired.interval
+        table.add_row(
+            str(setting.config.num_steps),
+            str(setting.config.execute),
+            f"{100 * success.rate:.1f} %",
+            _interval(success.interval),
+            "–" if setting is settings[0] else f"{100 * paired.difference:+.1f}",
+            "–" if setting is settings[0] else f"{100 * low:+.1f} to {100 * high:+.1f}",
+            f"{setting.median_ms('total_ms'):.1f}",
+        )
+    return table
+
+
+def save_summaries(settings: Sequence[Setting], path: Path) -> None:
+    """Write the summaries as JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps([setting.summary() for setting in settings], indent=1) + "\n")
+    temporary.rename(path)
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    return f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f} %"
