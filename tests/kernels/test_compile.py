@@ -69,12 +69,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
-def check_kernel(kernel: Any, case: Case, device: Device, pdl: bool) -> None:
+def check_kernel(kernel: Any, case: Case, device: Device, launch: Launch) -> None:
     """The PTX multiplies on the GPU's own matrix unit, in the precision of the case, and waits."""
     ptx = kernel.asm["ptx"]
     assert kernel.metadata.shared <= device.shared_bytes
-    assert ("griddepcontrol.wait" in ptx) == pdl
-    if "tt.dot" in kernel.asm["ttir"]:
+    assert ("griddepcontrol.wait" in ptx) == launch.pdl
+    if getattr(launch, "ahead", 0) and "tt.dot" in kernel.asm["ttir"]:
+        assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
+    if "tt.dot" in kernel.asm["ttir"] and case.dtype != torch.float32:
         instructions = re.findall(MATRIX_INSTRUCTION[device.capability], ptx)
         assert instructions
         if case.dtype == FP8:
@@ -105,6 +107,6 @@ def compilations() -> list[Any]:
 def test_compiles(spec: KernelSpec[Launch], case: Case, launch: Launch, device: Device) -> None:
     kernels = compiled(spec.problem(case, launch, torch.device("meta")).run, device)
     for kernel in kernels:
-        check_kernel(kernel, case, device, launch.pdl)
+        check_kernel(kernel, case, device, launch)
     multiplies = any("tt.dot" in kernel.asm["ttir"] for kernel in kernels)
     assert multiplies == (type(launch) is not Launch)  # a plain Launch has no tile of a product

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -26,15 +27,18 @@ CPU = torch.device("cpu")
 def small_launches(spec: KernelSpec[Launch], case: Case) -> list[Launch]:
     """Launches that cut even a small case into several tiles, steps and splits."""
     launch = spec.candidates(case, Device(80, 1 << 18))[0]
-    sizes = {"block_m": 16, "block_n": 32, "block_k": 32}
     fields = {field.name for field in dataclasses.fields(launch)}
-    small = dataclasses.replace(
-        launch, **{name: size for name, size in sizes.items() if name in fields}
-    )
     splits = fields & {"splits", "split_k"}
-    variants = [{}] + [{name: 3} for name in splits] + [{"tma": True}] * ("tma" in fields)
-    base = {name: 1 for name in splits}
-    return [dataclasses.replace(small, **{**base, **variant}) for variant in variants]
+    small = {"block_m": 16, "block_n": 32, "block_k": 32, **dict.fromkeys(splits, 1)}
+    variants: list[dict[str, Any]] = [{}, *({name: 3} for name in splits)]
+    if "tma" in fields:
+        variants.append({"tma": True})
+    return [
+        dataclasses.replace(
+            launch, **{name: value for name, value in (small | more).items() if name in fields}
+        )
+        for more in variants
+    ]
 
 
 def runs() -> list[object]:

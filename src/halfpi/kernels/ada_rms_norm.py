@@ -30,6 +30,7 @@ from halfpi.kernels.spec import (
     moved_bytes,
     poisoned_output,
     row_launches,
+    row_stride,
 )
 from halfpi.kernels.tile import begin, store
 
@@ -49,7 +50,7 @@ def ada_rms_norm_reference(
     modulation: (m or 1, 3d), scale, shift and the gate of the block that reads `out`. partials:
     (splits, m, d). gate: (m or 1, d), of the block that wrote them. alpha: (1,).
     """
-    if partials is not None:
+    if partials is not None and gate is not None:
         update = partials.sum(0) * gate
         residual = residual + (update if alpha is None else update * alpha).to(residual.dtype)
     scale, shift, _ = modulation.chunk(3, -1)
@@ -99,25 +100,25 @@ def ada_rms_norm(
 ) -> None:
     """Write `ada_rms_norm_reference` to `residual`, in place, and `out`, both (m, d).
 
-    residual: bfloat16 (m, d), untouched without partials. modulation: fp32 (m or 1, 3d). partials:
-    (splits, m, d) from `split_linear`. gate: fp32 (m or 1, d), of any row stride. alpha: fp32 (1,),
-    the product of the scales of what `split_linear` read. scale: fp32 (1,), quantises an E4M3
-    `out`.
+    residual: bfloat16 (m, d), untouched without partials. modulation: fp32 (m or 1, 3d) and gate:
+    fp32 (m or 1, d), of any row stride. partials: (splits, m, d) from `split_linear`, with a gate.
+    alpha: fp32 (1,), the product of the scales of what `split_linear` read. scale: fp32 (1,),
+    quantises an E4M3 `out`.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
     m, d = residual.shape
     check("residual", residual, (m, d), *FLOATS)
-    check("modulation", modulation, (modulation.shape[0], 3 * d), torch.float32)
     check_output(out, (m, d), scale)
     splits = 0 if partials is None else partials.shape[0]
     check("partials", partials, (splits, m, d), *FLOATS)
+    check("alpha", alpha, (1,), torch.float32)
     if (partials is None) != (gate is None):
         raise ValueError("partials and gate must be given together, got only one of them")
-    rows = None if gate is None else gate.expand(m, d)
     _ada_rms_norm_kernel[(m,)](
-        residual, modulation, partials, rows, alpha, out, scale,
-        modulation.expand(m, -1).stride(0), 0 if rows is None else rows.stride(0), m, d,
+        residual, modulation, partials, gate, alpha, out, scale,
+        row_stride("modulation", modulation, m, 3 * d),
+        0 if gate is None else row_stride("gate", gate, m, d), m, d,
         SPLITS=splits, EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
     )  # fmt: skip
 

@@ -216,6 +216,7 @@ def attention(
     query: (b, t, q, k). keys, values: (b, s, kv, k). All three are bfloat16, with any strides but
     contiguous heads. key_count, query_count: int32 (b,), how many of the s keys and t tokens are
     valid: others are neither read nor written; a sequence with a valid query needs a valid key.
+    With pdl they are read before waiting: no kernel that may still run writes them.
     scale: fp32 (1,), quantises an E4M3 `out`. partials: (splits, b, t, q, k) and log_sums: fp32
     (splits, b, t, q), workspace when keys are split; bfloat16 partials halve its traffic.
 

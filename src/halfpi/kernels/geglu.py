@@ -7,6 +7,7 @@ but the gated result is written. `interleaved` packs weights that way.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from halfpi.kernels.spec import (
     Device,
     KernelSpec,
     Problem,
+    check,
     check_output,
     moved_bytes,
     poisoned_output,
@@ -89,6 +91,8 @@ def geglu(
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
     check_output(out, (x.shape[0], weight.shape[0] // 2), scale)
+    check("alpha", alpha, (1,), torch.float32)
+    check("count", count, (1,), torch.int32)
     launch_linear(_geglu_kernel, x, weight, partials, launch, out, alpha, scale, count)
 
 
@@ -100,7 +104,7 @@ def interleaved(first: Tensor, second: Tensor) -> Tensor:
 def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
     m, n, k = case["m"], case["n"], case["k"]
     x, weight, alpha = random_operands(m, 2 * n, k, case.dtype, device)
-    inputs = {"x": x, "weight": weight, "alpha": alpha}
+    inputs: dict[str, Any] = {"x": x, "weight": weight, "alpha": alpha}
     output = poisoned_output((m, n), case, device, torch.arange(m) < case["valid"])
     count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     partials = None

@@ -74,6 +74,7 @@ def layer_norm(
     check("weight", weight, (d,), torch.float32)
     check("bias", bias, (d,), torch.float32)
     check_output(out, (m, d), scale)
+    check("count", count, (1,), torch.int32)
     _layer_norm_kernel[(m,)](
         x, weight, bias, out, scale, count, m, d,
         EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),

@@ -7,6 +7,7 @@ SigLIP's q·k·v, fc1 (GELU, quantised) and fc2 and out (residual), the prefix's
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +21,13 @@ from halfpi.kernels.spec import (
     Case,
     Device,
     KernelSpec,
-    Output,
     Problem,
     check,
     check_output,
     moved_bytes,
     poisoned_output,
     random_operands,
+    row_stride,
 )
 from halfpi.kernels.split_linear import launch_linear
 from halfpi.kernels.tile import (
@@ -49,7 +50,7 @@ def linear_reference(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor]:
-    """residual + gate · act(alpha · x · weightᵀ + bias) → (m, n); all but the product may be absent.
+    """residual + gate · act(alpha · x · weightᵀ + bias) → (m, n); only x and weight must be there.
 
     x: (m, k), weight: (n, k), alpha: (1,), bias: (n,), gate: (m or 1, n), residual: (m, n). The
     activation is the tanh form of GELU, or none.
@@ -107,22 +108,23 @@ def linear(
 ) -> None:
     """Write `linear_reference` to `out` (m, n), which may be `residual` itself.
 
-    x: (m, k), weight: (n, k), both bfloat16 or both E4M3. alpha: fp32 (1,), the product of the
-    scales of both. bias: fp32 (n,). gate: fp32 (m or 1, n), of any row stride. residual: as `out`.
-    scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid; others
-    are neither computed nor written. partials: see `launch_linear`.
+    x: (m, k), weight: (n, k), both bfloat16, E4M3 or fp32. alpha: fp32 (1,), the product of the
+    scales of E4M3 operands. bias: fp32 (n,). gate: fp32 (m or 1, n), of any row stride. residual:
+    as `out`. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid;
+    others are neither computed nor written. partials: see `launch_linear`.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
     m, n = x.shape[0], weight.shape[0]
     check_output(out, (m, n), scale)
-    if residual is not None:
-        check("residual", residual, (m, n), out.dtype)
-    if gate is not None:
-        gate = gate.expand(m, n)
+    check("residual", residual, (m, n), out.dtype)
+    check("bias", bias, (n,), torch.float32)
+    check("alpha", alpha, (1,), torch.float32)
+    check("count", count, (1,), torch.int32)
     launch_linear(
         _linear_kernel, x, weight, partials, launch,
-        out, alpha, bias, gate, residual, scale, count, 0 if gate is None else gate.stride(0),
+        out, alpha, bias, gate, residual, scale, count,
+        0 if gate is None else row_stride("gate", gate, m, n),
         GELU=gelu,
     )  # fmt: skip
 
@@ -130,7 +132,7 @@ def linear(
 def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
     m, n, k = case["m"], case["n"], case["k"]
     x, weight, alpha = random_operands(m, n, k, case.dtype, device)
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": x,
         "weight": weight,
         "alpha": alpha,
@@ -168,12 +170,18 @@ def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
 
 
 def _cases() -> Iterator[Case]:
-    yield Case("vision-qkv", _sizes(768, 3456, 1152, bias=1))
-    yield Case("vision-fc1", _sizes(768, 4304, 1152, bias=1, gelu=1))
-    yield Case("vision-fc1", _sizes(768, 4304, 1152, bias=1, gelu=1), FP8, FP8)
-    yield Case("vision-fc2", _sizes(768, 1152, 4304, bias=1, residual=1))
-    yield Case("prefill-down", _sizes(968, 2048, 16384, residual=1))
-    yield Case("prefill-down", _sizes(968, 2048, 16384, residual=1), FP8)
+    for dtype in (torch.bfloat16, FP8):
+        yield Case("vision-qkv", _sizes(768, 3456, 1152, bias=1), dtype)
+        yield Case("vision-out", _sizes(768, 1152, 1152, bias=1, residual=1), dtype)
+        yield Case("vision-fc1", _sizes(768, 4304, 1152, bias=1, gelu=1), dtype, dtype)
+        yield Case("vision-fc2", _sizes(768, 1152, 4304, bias=1, residual=1), dtype)
+        yield Case("prefill-out", _sizes(968, 2048, 2048, residual=1), dtype)
+        yield Case("prefill-down", _sizes(968, 2048, 16384, residual=1), dtype)
+    yield Case("vision-projector", _sizes(768, 2048, 1152, bias=1))
+    # What the model keeps in fp32; an Euler step is the residual, with −1/steps in the weight.
+    fp32 = torch.float32
+    yield Case("action-in", _sizes(50, 1024, 32, bias=1), fp32)
+    yield Case("action-out", _sizes(50, 32, 1024, bias=1, residual=1), fp32, fp32)
     everything = {"bias": 1, "gelu": 1, "gate": 1, "residual": 1}
     yield Case("ragged", _sizes(50, 72, 80, valid=37, **everything), real=False)
     yield Case("ragged-many", _sizes(150, 72, 144, valid=149, bias=1), FP8, FP8, real=False)

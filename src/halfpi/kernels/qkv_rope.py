@@ -11,6 +11,7 @@ products do not change.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -143,6 +144,8 @@ def qkv_rope(
     check("cos", cos, (s, k // 2), torch.float32)
     check("sin", sin, (s, k // 2), torch.float32)
     check("offset", offset, (1,), torch.int32)
+    check("alpha", alpha, (1,), torch.float32)
+    check("count", count, (1,), torch.int32)
     launch_linear(
         _qkv_rope_kernel, x, weight, partials, launch,
         query, keys, values, cos, sin, alpha, offset, count, q * k, kv * k, k, s,
@@ -151,7 +154,8 @@ def qkv_rope(
 
 def paired(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a q or k projection (heads·k, d) with i and i + k/2 of each head made neighbours."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
+    return torch.flatten(heads.transpose(1, 2), 0, 2)
 
 
 def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
@@ -161,7 +165,13 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
     angles = torch.outer(
         torch.arange(s, device=device), 10_000.0 ** -(torch.arange(k // 2, device=device) * 2 / k)
     )
-    tensors = {"x": x, "weight": weight, "cos": angles.cos(), "sin": angles.sin(), "alpha": alpha}
+    tensors: dict[str, Any] = {
+        "x": x,
+        "weight": weight,
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "alpha": alpha,
+    }
     valid = torch.arange(m) < case["valid"]
     rows = torch.arange(s) - case["offset"]
     written = (rows >= 0) & (rows < case["valid"])

@@ -77,6 +77,7 @@ def rms_norm(
     check("x", x, (m, d), *FLOATS)
     check("gain", gain, (d,), torch.float32)
     check_output(out, (m, d), scale)
+    check("count", count, (1,), torch.int32)
     _rms_norm_kernel[(m,)](
         x, gain, out, scale, count, m, d,
         EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),

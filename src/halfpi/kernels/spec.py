@@ -15,6 +15,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+_FP32_SUM = 2.0**-20
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -55,7 +56,7 @@ class Device:
         """The CUDA `device` as it reports itself."""
         properties = torch.cuda.get_device_properties(device)
         capability = 10 * properties.major + properties.minor
-        return cls(capability, properties.shared_memory_per_block_optin)
+        return cls(capability, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
     @property
     def is_hopper_or_newer(self) -> bool:
@@ -171,7 +172,7 @@ def quantised(value: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor
     """`value` as `dtype`; with a static `scale` (1,) the stored number times it is the value."""
     if scale is None:
         return value.to(dtype)
-    return (value.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(dtype)
+    return (value.float() * (1 / scale)).clamp(-FP8_MAX, FP8_MAX).to(dtype)
 
 
 def dequantised(stored: Tensor, scale: Tensor | None) -> Tensor:
@@ -188,18 +189,20 @@ def error_ratio(problem: Problem) -> float:
     """Error of what was run over that of plain torch in the same precision, both against `truth`.
 
     The larger of the ratios of the root mean square and of the largest error, over all outputs.
+    Plain fp32 is the truth itself; there, errors of an fp32 sum in another order count as 1.
     """
     ratios = []
     for output, plain, truth in zip(problem.outputs, problem.plain(), problem.truth(), strict=True):
         stored = dequantised(output.tensor, output.scale)
-        ours, theirs = output.written(stored - truth), output.written(plain - truth)
+        ours, theirs = output.written(stored - truth).abs(), output.written(plain - truth).abs()
+        theirs = theirs.clamp(min=_FP32_SUM * output.written(truth).abs().max())
         ratios.append(ours.square().mean().sqrt() / theirs.square().mean().sqrt())
-        ratios.append(ours.abs().max() / theirs.abs().max())
+        ratios.append(ours.max() / theirs.max())
     return float(torch.stack(ratios).max())  # NaN if any is
 
 
 def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    """Raise ValueError unless `tensor` is contiguous with `shape` and one of `dtypes`, or absent."""
+    """Raise ValueError unless `tensor` is absent or has `shape` and one of `dtypes`, contiguous."""
     if tensor is None:
         return
     if tensor.shape == shape and tensor.dtype in dtypes and tensor.is_contiguous():
@@ -214,6 +217,20 @@ def check_output(out: Tensor, shape: tuple[int, ...], scale: Tensor | None) -> N
     """Raise ValueError unless `out` can be written: E4M3 exactly if a `scale` comes with it."""
     check("out", out, shape, *(FLOATS if scale is None else (FP8,)))
     check("scale", scale, (1,), torch.float32)
+
+
+def row_stride(name: str, tensor: Tensor, m: int, d: int) -> int:
+    """Stride between the rows of fp32 `tensor` (m or 1, d), 0 if one row serves all.
+
+    Raises ValueError unless it is so, with contiguous rows.
+    """
+    rows = tensor.shape[0]
+    if tensor.shape != (rows, d) or rows not in (1, m) or tensor.dtype != torch.float32:
+        came = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be float32 {(m, d)} or {(1, d)}, got {came}")
+    if tensor.stride(1) != 1:
+        raise ValueError(f"{name} must have contiguous rows, got strides {tensor.stride()}")
+    return tensor.stride(0) if rows > 1 else 0
 
 
 def random_operands(

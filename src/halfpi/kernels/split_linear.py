@@ -76,6 +76,7 @@ def split_linear(x: Tensor, weight: Tensor, partials: Tensor, launch: TileLaunch
     bfloat16. Raises ValueError naming the tensor that is not so.
     """
     (m, k), n = x.shape, weight.shape[0]
+    check("x", x, (m, k), FP8, *FLOATS)
     check("weight", weight, (n, k), x.dtype)
     check("partials", partials, (launch.split_k, m, n), *FLOATS)
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
@@ -100,6 +101,7 @@ def launch_linear(
     of `linear_tile`.
     """
     (m, k), n = x.shape, weight.shape[0]
+    check("x", x, (m, k), FP8, *FLOATS)
     check("weight", weight, (n, k), x.dtype)
     if launch.split_k == 1:
         operands, tile = _operands(x, weight, launch), _tile_constants(launch, k)

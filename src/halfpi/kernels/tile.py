@@ -87,10 +87,7 @@ def begin_product(
 @triton.jit
 def valid_count(count, index, capacity):
     """How many of `capacity` rows are valid: `count[index]`, or all without it."""
-    if count is None:
-        return capacity
-    else:
-        return tl.minimum(tl.load(count + index), capacity)
+    return capacity if count is None else tl.minimum(tl.load(count + index), capacity)
 
 
 @triton.jit
@@ -108,27 +105,22 @@ def product_tile(
 ):  # fmt: skip
     """fp32 tile of x (M, K) · weight (N, K)ᵀ over k_first ≤ k < k_last, from (row, col) on.
 
-    Rows and columns past the end repeat the last one (or are zero with TMA): they are not stored.
+    fp32 operands are not rounded to TF32. Rows and columns past the end repeat the last one (or are
+    zero with TMA): they are not stored.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if TMA:
-        for k in range(k_first, k_last, BLOCK_K):
-            acc = tl.dot(x.load([row, k]), weight.load([col, k]).T, acc)
-    else:
-        rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-        cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        ks = tl.arange(0, BLOCK_K)
-        x_tile = x + rows[:, None] * K + (k_first + ks)[None, :]
-        weight_tile = weight + cols[None, :] * K + (k_first + ks)[:, None]
-        for k in range(k_first, k_last, BLOCK_K):
-            if EVEN_K:
-                acc = tl.dot(tl.load(x_tile), tl.load(weight_tile), acc)
-            else:
-                left = K - k
-                x_part = tl.load(x_tile, mask=ks[None, :] < left, other=0.0)
-                acc = tl.dot(x_part, tl.load(weight_tile, mask=ks[:, None] < left, other=0.0), acc)
-            x_tile += BLOCK_K
-            weight_tile += BLOCK_K
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None] * K
+    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[:, None] * K
+    for k in range(k_first, k_last, BLOCK_K):
+        if TMA:
+            x_tile, weight_tile = x.load([row, k]), weight.load([col, k])
+        else:
+            ks = k + tl.arange(0, BLOCK_K)[None, :]
+            inside = None if EVEN_K else ks < K
+            beyond = None if EVEN_K else 0.0
+            x_tile = tl.load(x + rows + ks, mask=inside, other=beyond)
+            weight_tile = tl.load(weight + cols + ks, mask=inside, other=beyond)
+        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
     return acc
 
 
@@ -171,7 +163,7 @@ def split_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def gelu_tanh(x):
-    """The tanh form of GELU: ½(1 + tanh u) is the sigmoid of 2u."""
+    """The tanh form of GELU; ½(1 + tanh u) is the sigmoid of 2u, u = √(2/π)·(x + 0.044715·x³)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
