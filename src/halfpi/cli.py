@@ -96,15 +96,13 @@ class Record:
     """Meta-World tasks, or the groups "all" and "precise"."""
     episodes: int = 60
     """Demonstrations of each task to try; those that the expert fails are left out."""
-    image_size: int = 84
-    """Height and width of the images."""
     workers: int | None = None
     """Processes; one a core by default."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a nano policy on recordings, and write it as a checkpoint when the last step is done.
+    """Train a nano policy on recordings, and write it as a checkpoint.
 
     A training that was stopped, or is asked for more steps, goes on from where it was.
     """
@@ -112,7 +110,7 @@ class Train:
     recordings: Positional[Path]
     """Directory that 'halfpi record' wrote."""
     output: Positional[Path]
-    """Directory for the training state, and under "policy" the finished checkpoint."""
+    """Directory for the training state, and under "policy" the checkpoint."""
     steps: int = 40_000
     """Optimizer steps in all."""
     batch_size: int = 64

@@ -161,7 +161,7 @@ PRESETS: Mapping[str, Pi05Config] = {
     "pi05-libero": Pi05Config(horizon=10),
     "pi05-droid": Pi05Config(horizon=15),
     "nano": Pi05Config(
-        image_size=84,
+        image_size=112,
         vision_width=192,
         vision_mlp=512,
         vision_depth=4,

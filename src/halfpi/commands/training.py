@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def record(options: Record) -> None:
     """Record demonstrations, and say how many there are."""
     tasks = select(options.tasks)
-    config = RecordConfig(image_size=options.image_size)
+    config = RecordConfig(PRESETS["nano"].image_size, PRESETS["nano"].horizon)
     shards = record_all(tasks, options.episodes, options.output, config, options.workers)
     total = len(tasks) * math.ceil(options.episodes / EPISODES_PER_SHARD)
     made = list(track(shards, "shards", total))
@@ -49,9 +49,9 @@ def train(options: Train) -> None:
     )
     vocabulary.save(str(tokenizer))
     processing = _processing(options.output / "processing.json", data)
-    batches = Batches(data, processing, load_tokenizer(tokenizer), number_tokens(vocabulary))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(config, _train_config(options), batches, torch.device(device))
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batches = Batches(data, processing, load_tokenizer(tokenizer), device)
+    trainer = Trainer(config, _train_config(options), batches, number_tokens(vocabulary))
     state = options.output / "state.pt"
     if state.exists():
         trainer.resume(state)
@@ -64,7 +64,6 @@ def train(options: Train) -> None:
         )
     if trainer.step < options.steps:
         notes.print(f"stopped at step {trainer.step}; run the command again to go on")
-        return
     target = options.output / "policy"
     save_model(trainer.averaged, processing, target, tokenizer=tokenizer, overwrite=target.exists())
     notes.print(f"wrote {target}")

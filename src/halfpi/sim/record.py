@@ -45,8 +45,8 @@ class BurstConfig:
 class RecordConfig:
     """What to record. `stride` is the number of control steps between recorded frames."""
 
-    image_size: int = 84
-    horizon: int = 16
+    image_size: int
+    horizon: int
     stride: int = 2
     bursts: BurstConfig = dataclasses.field(default_factory=BurstConfig)
 
@@ -169,7 +169,7 @@ def record(
     tasks: list[Task],
     episodes: int,
     directory: Path,
-    config: RecordConfig | None = None,
+    config: RecordConfig,
     workers: int | None = None,
 ) -> Iterator[tuple[Path, int, int]]:
     """Record `episodes` seeds of each task in parallel; yields (shard, solved episodes, frames).
@@ -179,7 +179,7 @@ def record(
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards = [
-        _Shard(task, first, directory / f"{task.name}-{first:06d}.npz", config or RecordConfig())
+        _Shard(task, first, directory / f"{task.name}-{first:06d}.npz", config)
         for first in range(0, episodes, EPISODES_PER_SHARD)
         for task in tasks
     ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
 from halfpi.processing.normalize import Normalizer
@@ -26,6 +31,9 @@ LOCATED = [*range(18), 36, 37, 38]
 PRECISE_WEIGHT = 2.5
 SHIFT_PIXELS = 2
 BRIGHTNESS, CONTRAST = 0.15, 0.15
+WORKERS = 12  # enough to write the prompts of some hundred batches a second
+
+Prompts = tuple[Tensor, Tensor, Tensor]  # rows (b,), tokens (b, l), token_mask (b, l)
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,10 @@ def _stats(values: NDArray[np.float32]) -> FeatureStats:
 
 
 class Batches:
-    """Random batches of demonstrations, the same for the same seed and step.
+    """Random batches of demonstrations, drawn anew for every step but the same for the same seed.
 
-    Tasks are drawn evenly, the precise ones `PRECISE_WEIGHT` times as often; sentences are drawn
-    from a task's paraphrases; images are shifted by up to two pixels and change in brightness and
-    contrast.
+    Tasks are drawn evenly, the precise ones `PRECISE_WEIGHT` times as often. All frames live on
+    `device`; worker processes draw rows and write prompts, which is most of the work of a batch.
     """
 
     def __init__(
@@ -77,76 +84,106 @@ class Batches:
         data: Demonstrations,
         processing: ProcessingConfig,
         tokenizer: Tokenizer,
-        number_tokens: Mapping[int, int],
+        device: torch.device,
     ) -> None:
-        self._data = data
-        self.number_tokens = number_tokens
-        self._tokenizer = tokenizer
-        self._max_tokens = processing.max_prompt_tokens
+        frames, self.device = data.frames, device
         rule, eps = processing.norm_rule, processing.norm_eps
         state = Normalizer("state", processing.state_norm, rule, eps, processing.state_stats)
         action = Normalizer("actions", processing.action_norm, rule, eps, processing.action_stats)
-        self._states = state.normalize(data.frames.states)
-        self._actions = action.normalize(data.frames.chunks).astype(np.float32)
-        self._located = _standardise(data.frames.full_states[:, LOCATED])
-        self._chances = _frame_chances(data.tasks)
+        self._prompts = partial(
+            _Prompts,
+            data.tasks,
+            state.normalize(frames.states),
+            tokenizer,
+            processing.max_prompt_tokens,
+        )
+        self._images = torch.from_numpy(frames.images).to(device)
+        self._actions = torch.from_numpy(action.normalize(frames.chunks)).float().to(device)
+        self._located = torch.from_numpy(_standardise(frames.full_states[:, LOCATED])).to(device)
 
     @property
     def cameras(self) -> int:
         """The number of cameras in a recorded frame."""
-        return int(self._data.frames.images.shape[1])
+        return self._images.shape[1]
 
     @property
     def located(self) -> int:
         """The number of auxiliary targets."""
-        return int(self._located.shape[1])
+        return self._located.shape[1]
 
-    def batch(self, size: int, seed: int, step: int, device: torch.device) -> Batch:
-        """The batch of `step`."""
-        generator = np.random.default_rng((seed, step))
-        rows = generator.choice(len(self._chances), size, p=self._chances)
-        tokens, token_mask = self._prompts(rows, generator)
-        images = torch.from_numpy(self._data.frames.images[rows]).to(device)
-        return Batch(
-            images=augment(images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1, generator),
-            image_mask=torch.ones(images.shape[:2], dtype=torch.bool, device=device),
-            tokens=tokens.to(device),
-            token_mask=token_mask.to(device),
-            actions=torch.from_numpy(self._actions[rows]).to(device),
-            auxiliary=torch.from_numpy(self._located[rows]).to(device),
+    def steps(self, first: int, end: int, size: int, seed: int) -> Iterator[Batch]:
+        """The batches of steps `first` to `end`, each of `size` frames."""
+        loader: DataLoader[Prompts] = DataLoader(
+            self._prompts(size, seed),
+            sampler=range(first, end),
+            batch_size=None,
+            num_workers=max(1, min(WORKERS, (os.cpu_count() or 1) - 2)),
         )
-
-    def _prompts(
-        self, rows: NDArray[np.int64], generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        tasks = list(TASKS.values())
-        encoded = []
-        for row in rows:
-            sentences = tasks[self._data.tasks[row]].sentences
-            sentence = clean_prompt(sentences[generator.integers(len(sentences))])
-            encoded.append(
-                encode_prompt(sentence, self._states[row], self._tokenizer, self._max_tokens)
+        for rows, tokens, token_mask in loader:
+            chosen = rows.to(self.device)
+            images = self._images[chosen].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+            yield Batch(
+                images=augment(images),
+                image_mask=torch.ones(images.shape[:2], dtype=torch.bool, device=self.device),
+                tokens=tokens.to(self.device),
+                token_mask=token_mask.to(self.device),
+                actions=self._actions[chosen],
+                auxiliary=self._located[chosen],
             )
+
+
+class _Prompts(Dataset[Prompts]):
+    """Which frames a step sees, and their prompts, each a random paraphrase of its task."""
+
+    def __init__(
+        self,
+        tasks: NDArray[np.int64],
+        states: NDArray[Any],
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        size: int,
+        seed: int,
+    ) -> None:
+        self._tasks, self._states = tasks, states
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._size, self._seed = size, seed
+        self._chances = _frame_chances(tasks)
+        self._sentences = [
+            [clean_prompt(sentence) for sentence in task.sentences] for task in TASKS.values()
+        ]
+
+    def __getitem__(self, step: int) -> Prompts:
+        generator = np.random.default_rng((self._seed, step))
+        rows = generator.choice(len(self._chances), self._size, p=self._chances)
+        encoded = [self._encode(row, generator) for row in rows]
         tokens, mask = (torch.from_numpy(np.stack(column)) for column in zip(*encoded, strict=True))
         longest = int(mask.sum(1).max())
-        return tokens[:, :longest], mask[:, :longest]
+        return torch.from_numpy(rows), tokens[:, :longest], mask[:, :longest]
+
+    def _encode(
+        self, row: int, generator: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        sentences = self._sentences[self._tasks[row]]
+        sentence = sentences[generator.integers(len(sentences))]
+        return encode_prompt(sentence, self._states[row], self._tokenizer, self._max_tokens)
 
 
-def augment(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Shift and brighten `images` fp32 (b, n, 3, h, w) in [-1, 1], each camera on its own."""
+def augment(images: Tensor) -> Tensor:
+    """Shift `images` fp32 (b, n, 3, h, w) in [-1, 1] by up to two pixels, and change their light.
+
+    Every camera of every row draws its own change.
+    """
     b, n, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images.flatten(0, 1), (SHIFT_PIXELS,) * 4, mode="replicate")
-    offsets = torch.from_numpy(generator.integers(0, 2 * SHIFT_PIXELS + 1, (b * n, 2, 1)))
-    rows = (offsets[:, 0] + torch.arange(height)).to(images.device)
-    columns = (offsets[:, 1] + torch.arange(width)).to(images.device)
-    index = torch.arange(b * n, device=images.device)[:, None, None]
+    device = images.device
+    padded = F.pad(images.flatten(0, 1), (SHIFT_PIXELS,) * 4, mode="replicate")
+    offsets = torch.randint(0, 2 * SHIFT_PIXELS + 1, (2, b * n, 1), device=device)
+    rows = offsets[0] + torch.arange(height, device=device)
+    columns = offsets[1] + torch.arange(width, device=device)
+    index = torch.arange(b * n, device=device)[:, None, None]
     shifted = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
-    change = generator.uniform(-1, 1, (b, n, 2)).astype(np.float32)
-    brightness, contrast = (
-        torch.from_numpy(change).to(images.device)[..., None, None, None].unbind(2)
-    )
-    result = shifted.permute(0, 3, 1, 2).reshape(images.shape)
-    return torch.clamp(result * (1 + CONTRAST * contrast) + BRIGHTNESS * brightness, -1, 1)
+    brightness, contrast = 2 * torch.rand((2, b * n, 1, 1, 1), device=device) - 1
+    changed: Tensor = shifted * (1 + CONTRAST * contrast) + BRIGHTNESS * brightness
+    return changed.clamp(-1, 1).permute(0, 3, 1, 2).reshape(images.shape)
 
 
 def _standardise(values: NDArray[np.float32]) -> NDArray[np.float32]:

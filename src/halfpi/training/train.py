@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
 from halfpi.model.pi05 import time_embedding
 from halfpi.training.data import Batches
-from halfpi.training.loss import AuxiliaryHead, losses
+from halfpi.training.loss import AuxiliaryHead, Batch, ChunkingConfig, losses
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class TrainConfig:
     cooldown_share: float = 0.25
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
-    given_share: float = 0.4
-    max_given: int = 6
+    chunking: ChunkingConfig = dataclasses.field(default_factory=ChunkingConfig)
     auxiliary_weight: float = 0.3
     checkpoint_every: int = 200
 
@@ -59,69 +59,72 @@ class Trainer:
     """Holds what changes while training; `averaged` is the model to use afterwards."""
 
     def __init__(
-        self, model_config: Pi05Config, config: TrainConfig, batches: Batches, device: torch.device
+        self,
+        model_config: Pi05Config,
+        config: TrainConfig,
+        batches: Batches,
+        number_tokens: Mapping[int, int],
     ) -> None:
         torch.manual_seed(config.seed)
         self._config = config
         self._batches = batches
-        self._device = device
-        self.model = Pi05(model_config).to(device)
-        cameras = batches.cameras
-        self._head = AuxiliaryHead(
-            cameras * model_config.tokens_per_image, model_config.prefix_width, batches.located
-        ).to(device)
-        self._initialise_numbers()
+        model = Pi05(model_config)
+        _initialise_numbers(model.prefix.embed.weight, number_tokens)
+        self.model = model.to(batches.device)
         self.averaged = copy.deepcopy(self.model)
+        tokens = batches.cameras * model_config.tokens_per_image
+        self._head = AuxiliaryHead(tokens, model_config.prefix_width, batches.located)
+        self._head.to(batches.device)
         self._optimizer = _optimizer(self.model, self._head, config)
         self.step = 0
 
     def train(self, checkpoint: Path, seconds: float | None = None) -> Iterator[Progress]:
-        """Train to the configured step, or for `seconds`, saving to `checkpoint` as it goes."""
-        began = time.monotonic()
-        sums, since, last = torch.zeros(2), time.monotonic(), self.step
-        self.model.train()
-        while self.step < self._config.steps:
-            sums += self._train_step()
-            if self.step % self._config.checkpoint_every == 0:
-                self.save(checkpoint)
-                count, now = self.step - last, time.monotonic()
-                flow, auxiliary = (sums / count).tolist()
-                yield Progress(self.step, flow, auxiliary, count / (now - since))
-                sums, since, last = torch.zeros(2), now, self.step
-            if seconds is not None and time.monotonic() - began > seconds:
-                break
-        self.save(checkpoint)
+        """Train to the configured step, or for `seconds`, saving to `checkpoint` as it goes.
 
-    def _train_step(self) -> torch.Tensor:
+        Raises RuntimeError when the loss is no longer finite; what was saved before stays.
+        """
+        config, began = self._config, time.monotonic()
+        sums = torch.zeros(2, device=self._batches.device)
+        since, last = began, self.step
+        for batch in self._batches.steps(self.step, config.steps, config.batch_size, config.seed):
+            sums += self._train_step(batch)
+            now = time.monotonic()
+            over = seconds is not None and now - began > seconds
+            if self.step % config.checkpoint_every == 0 or over or self.step == config.steps:
+                count = self.step - last
+                flow, auxiliary = (sums / count).tolist()
+                if not math.isfinite(flow + auxiliary):
+                    raise RuntimeError(f"the loss became {flow} before step {self.step}")
+                self.save(checkpoint)
+                yield Progress(self.step, flow, auxiliary, count / (now - since))
+                since, last = now, self.step
+                sums.zero_()
+            if over:
+                break
+
+    def _train_step(self, batch: Batch) -> Tensor:
+        """One update; returns the two losses (2,), on the device."""
         config = self._config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        given = 0
-        if torch.rand((), generator=generator) < config.given_share:
-            given = int(torch.randint(1, config.max_given + 1, (1,), generator=generator))
+        torch.manual_seed((config.seed << 32) + self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * rate_factor(self.step, config)
-        batch = self._batches.batch(config.batch_size, config.seed, self.step, self._device)
-        with torch.autocast(self._device.type, torch.bfloat16):
-            result = losses(self.model, self._head, batch, config.noises_per_frame, given)
-        loss = result.flow + config.auxiliary_weight * result.auxiliary
-        if not bool(loss.isfinite()):
-            raise RuntimeError(f"the loss became {float(loss)} at step {self.step}")
+        with torch.autocast(self._batches.device.type, torch.bfloat16):
+            result = losses(self.model, self._head, batch, config.noises_per_frame, config.chunking)
         self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(result.flow + config.auxiliary_weight * result.auxiliary)
         nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self._optimizer.step()
         self._update_average()
         self.step += 1
-        return torch.stack([result.flow.detach(), result.auxiliary.detach()]).cpu()
+        return torch.stack([result.flow.detach(), result.auxiliary.detach()])
 
     @torch.no_grad()
     def _update_average(self) -> None:
         # Early on the average forgets faster, or it would remember the initial weights.
         decay = min(self._config.ema_decay, (1 + self.step) / (10 + self.step))
-        pairs = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
-        for averaged, current in pairs:
-            averaged.lerp_(current, 1 - decay)
+        averaged: list[Tensor] = [*self.averaged.parameters()]
+        current: list[Tensor] = [*self.model.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs; the file appears whole or not at all."""
@@ -139,13 +142,15 @@ class Trainer:
         configuration.
         """
         try:
-            saved: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
+            saved: dict[str, Any] = torch.load(
+                path, map_location=self._batches.device, weights_only=True
+            )
         except Exception as error:
             raise ValueError(f"{path} is not a training checkpoint: {error}") from error
         if saved["train_config"] != self._identity():
-            raise ValueError(
-                f"{path} was trained as {saved['train_config']}, which is not {self._identity()}"
-            )
+            before, now = saved["train_config"], self._identity()
+            changed = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v}
+            raise ValueError(f"{path} was trained with other settings (then, now): {changed}")
         self.step = saved["step"]
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
@@ -167,14 +172,13 @@ class Trainer:
         train = {k: v for k, v in dataclasses.asdict(self._config).items() if k not in growing}
         return {**train, "model": dataclasses.asdict(self.model.config)}
 
-    def _initialise_numbers(self) -> None:
-        """Start the tokens of state bins as sines of their value: neighbours begin alike."""
-        table = self.model.prefix.embed.weight
-        for number, token in self._batches.number_tokens.items():
-            value = torch.tensor(number / 256)
-            wave = time_embedding(value, table.shape[1], 0.03, 4.0)
-            with torch.no_grad():
-                table[token] = wave.to(table.device) * (2 / table.shape[1]) ** 0.5
+
+def _initialise_numbers(table: Tensor, number_tokens: Mapping[int, int]) -> None:
+    """Start the tokens of state bins as sines of their value: neighbours begin alike."""
+    for number, token in number_tokens.items():
+        wave = time_embedding(torch.tensor(number / 256), table.shape[1], 0.03, 4.0)
+        with torch.no_grad():
+            table[token] = wave * (2 / table.shape[1]) ** 0.5
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
