@@ -1,0 +1,74 @@
+"""Launches of linear operations worth measuring, by shape; the first is the default."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from halfpi.kernels.spec import Device
+from halfpi.kernels.tile import TileLaunch
+
+# One tile of rows holds them all, so a program streams weights and little else.
+FEW_ROWS = 64
+_LINE_BYTES = 128
+# Programs that keep the memory of a large GPU busy; the default comes closest to it.
+_PROGRAMS = 256
+
+# block_m, block_n, num_warps, num_stages; a step along K is a line of memory.
+_MANY_ROWS = (
+    (128, 128, 8, 3),
+    (128, 128, 4, 3),
+    (128, 128, 8, 4),
+    (128, 256, 8, 3),
+    (128, 256, 8, 4),
+    (64, 256, 4, 4),
+    (64, 128, 4, 4),
+    (128, 64, 4, 4),
+    (64, 64, 4, 5),
+)
+# block_n, lines of memory a step along K, num_stages.
+_FEW_ROWS = ((64, 1, 4), (64, 1, 6), (64, 2, 3), (32, 1, 6), (32, 2, 4), (16, 2, 5), (128, 1, 4))
+
+
+def linear_launches(
+    m: int, n: int, k: int, itemsize: int, device: Device
+) -> tuple[TileLaunch, ...]:
+    """Launches of x (m, k) · weight (n, k)ᵀ that fit `device`; operands have `itemsize` bytes."""
+    if m <= FEW_ROWS:
+        launches = _few_rows(n, k, itemsize, device)
+    else:
+        launches = _many_rows(k, itemsize, device)
+    return tuple(one for one in launches if one.shared_bytes(itemsize) <= device.shared_bytes)
+
+
+def _many_rows(k: int, itemsize: int, device: Device) -> list[TileLaunch]:
+    step = _LINE_BYTES // itemsize
+    pdl = device.is_hopper_or_newer
+    plain = [
+        TileLaunch(block_m=m, block_n=n, block_k=step, num_warps=warps, num_stages=stages, pdl=pdl)
+        for m, n, warps, stages in _MANY_ROWS
+    ]
+    descriptors_align = device.is_hopper_or_newer and k * itemsize % 16 == 0
+    return plain + [dataclasses.replace(one, tma=True) for one in plain if descriptors_align]
+
+
+def _few_rows(n: int, k: int, itemsize: int, device: Device) -> list[TileLaunch]:
+    launches = []
+    for block_n, lines, stages in _FEW_ROWS:
+        block_k = lines * _LINE_BYTES // itemsize
+        steps = math.ceil(k / block_k)
+        for split_k in (1, 2, 4, 8, 16):
+            if split_k > steps:
+                continue
+            launch = TileLaunch(
+                block_m=FEW_ROWS, block_n=block_n, block_k=block_k, split_k=split_k,
+                num_warps=4, num_stages=stages, pdl=device.is_hopper_or_newer,
+                ahead=math.ceil(steps / split_k) if device.is_hopper_or_newer else 0,
+            )  # fmt: skip
+            launches.append(launch)
+    return sorted(launches, key=lambda one: _distance(one, n))
+
+
+def _distance(launch: TileLaunch, n: int) -> float:
+    programs = math.ceil(n / launch.block_n) * launch.split_k
+    return abs(math.log2(programs / _PROGRAMS))

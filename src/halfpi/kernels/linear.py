@@ -1,0 +1,195 @@
+"""A linear layer with everything that follows it: bias, GELU, gate, residual, quantisation.
+
+SigLIP's q·k·v, fc1 (GELU, quantised) and fc2 and out (residual), the prefix's out and down
+(residual), the projections of actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.spec import (
+    FP8,
+    Case,
+    Device,
+    KernelSpec,
+    Problem,
+    check,
+    check_output,
+    moved_bytes,
+    poisoned_output,
+    random_operands,
+    row_stride,
+)
+from halfpi.kernels.split_linear import launch_linear
+from halfpi.kernels.tile import (
+    TileLaunch,
+    begin_product,
+    gelu_tanh,
+    linear_tile,
+    store,
+    tile_origin,
+    valid_count,
+)
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None = None,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor]:
+    """residual + gate · act(alpha · x · weightᵀ + bias) → (m, n); only x and weight must be there.
+
+    x: (m, k), weight: (n, k), alpha: (1,), bias: (n,), gate: (m or 1, n), residual: (m, n). The
+    activation is the tanh form of GELU, or none.
+    """
+    out = F.linear(x, weight)
+    out = out if alpha is None else out * alpha
+    out = out if bias is None else out + bias
+    out = F.gelu(out, approximate="tanh") if gelu else out
+    out = out if gate is None else out * gate
+    return (out if residual is None else residual + out,)
+
+
+@triton.jit
+def _linear_kernel(
+    x, weight, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
+    GELU: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, col = tile_origin(tl.program_id(0), M, BLOCK_M, BLOCK_N)
+    begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
+    valid = valid_count(count, 0, M)
+    if row < valid:
+        value = linear_tile(
+            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA
+        )  # fmt: skip
+        rows = row + tl.arange(0, BLOCK_M)[:, None]
+        cols = col + tl.arange(0, BLOCK_N)[None, :]
+        inside = (rows < valid) & (cols < N)
+        if bias is not None:
+            value += tl.load(bias + cols, mask=cols < N, other=0.0)
+        if GELU:
+            value = gelu_tanh(value)
+        if gate is not None:
+            value *= tl.load(gate + rows * stride_gate + cols, mask=inside, other=0.0)
+        if residual is not None:
+            value += tl.load(residual + rows * N + cols, mask=inside, other=0.0).to(tl.float32)
+        store(out + rows * N + cols, value, scale, inside)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    launch: TileLaunch,
+    *,
+    alpha: Tensor | None = None,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    count: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> None:
+    """Write `linear_reference` to `out` (m, n), which may be `residual` itself.
+
+    x: (m, k), weight: (n, k), both bfloat16, E4M3 or fp32. alpha: fp32 (1,), the product of the
+    scales of E4M3 operands. bias: fp32 (n,). gate: fp32 (m or 1, n), of any row stride. residual:
+    as `out`. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid;
+    others are neither computed nor written. partials: see `launch_linear`.
+
+    Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
+    """
+    m, n = x.shape[0], weight.shape[0]
+    check_output(out, (m, n), scale)
+    check("residual", residual, (m, n), out.dtype)
+    check("bias", bias, (n,), torch.float32)
+    check("alpha", alpha, (1,), torch.float32)
+    check("count", count, (1,), torch.int32)
+    launch_linear(
+        _linear_kernel, x, weight, partials, launch,
+        out, alpha, bias, gate, residual, scale, count,
+        0 if gate is None else row_stride("gate", gate, m, n),
+        GELU=gelu,
+    )  # fmt: skip
+
+
+def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
+    m, n, k = case["m"], case["n"], case["k"]
+    x, weight, alpha = random_operands(m, n, k, case.dtype, device)
+    inputs: dict[str, Any] = {
+        "x": x,
+        "weight": weight,
+        "alpha": alpha,
+        "bias": torch.randn(n, device=device) if case["bias"] else None,
+        "gelu": bool(case["gelu"]),
+        "gate": torch.randn(m, 3 * n, device=device)[:, :n] if case["gate"] else None,
+        "residual": torch.randn(m, n, device=device).to(case.out_dtype)
+        if case["residual"]
+        else None,
+    }
+    output = poisoned_output((m, n), case, device, torch.arange(m) < case["valid"])
+    count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
+    partials = None
+    if launch.split_k > 1:
+        partials = torch.empty(launch.split_k, m, n, dtype=case.workspace_dtype, device=device)
+    return Problem(
+        run=lambda: linear(
+            **inputs,
+            out=output.tensor,
+            launch=launch,
+            scale=output.scale,
+            count=count,
+            partials=partials,
+        ),
+        reference=linear_reference,
+        inputs=inputs,
+        outputs=(output,),
+        flops=2 * m * n * k,
+        bytes=moved_bytes(inputs, output.tensor),
+    )
+
+
+def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
+    return linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, FP8):
+        yield Case("vision-qkv", _sizes(768, 3456, 1152, bias=1), dtype)
+        yield Case("vision-out", _sizes(768, 1152, 1152, bias=1, residual=1), dtype)
+        yield Case("vision-fc1", _sizes(768, 4304, 1152, bias=1, gelu=1), dtype, dtype)
+        yield Case("vision-fc2", _sizes(768, 1152, 4304, bias=1, residual=1), dtype)
+        yield Case("prefill-out", _sizes(968, 2048, 2048, residual=1), dtype)
+        yield Case("prefill-down", _sizes(968, 2048, 16384, residual=1), dtype)
+    yield Case("vision-projector", _sizes(768, 2048, 1152, bias=1))
+    # What the model keeps in fp32; an Euler step is the residual, with −1/steps in the weight.
+    fp32 = torch.float32
+    yield Case("action-in", _sizes(50, 1024, 32, bias=1), fp32)
+    yield Case("action-out", _sizes(50, 32, 1024, bias=1, residual=1), fp32, fp32)
+    everything = {"bias": 1, "gelu": 1, "gate": 1, "residual": 1}
+    yield Case("ragged", _sizes(50, 72, 80, valid=37, **everything), real=False)
+    yield Case("ragged-many", _sizes(150, 72, 144, valid=149, bias=1), FP8, FP8, real=False)
+
+
+def _sizes(m: int, n: int, k: int, **others: int) -> dict[str, int]:
+    flags = dict.fromkeys(("bias", "gelu", "gate", "residual"), 0)
+    return {"m": m, "n": n, "k": k, "valid": m, **flags, **others}
+
+
+SPEC = KernelSpec("linear", tuple(_cases()), _problem, _launches)

@@ -1,0 +1,168 @@
+"""Partial products of x · weightᵀ: few rows of x, all of a large weight.
+
+The weights are read once and are nearly all that costs, so every multiprocessor should be reading
+all the time: K is split among programs, and with pdl a program fetches its weights into L2 while
+the kernel before it still runs. Partial products go to memory; the operation that consumes them
+adds them in a fixed order in its own kernel. That makes results deterministic without atomics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.spec import (
+    FLOATS,
+    FP8,
+    Case,
+    Device,
+    KernelSpec,
+    Problem,
+    check,
+    moved_bytes,
+    poisoned_output,
+    random_operands,
+)
+from halfpi.kernels.tile import TileLaunch, begin_product, product_tile, store, tile_origin
+
+# Sums of partial products are small kernels; their time hardly depends on the tile.
+_SUM_TILE = {"BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_K": 16}
+
+
+def split_linear_reference(x: Tensor, weight: Tensor, split_k: int, block_k: int) -> tuple[Tensor]:
+    """Products of x (m, k) and weight (n, k) over `split_k` ranges of K → (split_k, m, n).
+
+    All ranges have the same whole number of steps of `block_k`, except where K ends.
+    """
+    length = math.ceil(math.ceil(x.shape[1] / block_k) / split_k) * block_k
+    ranges = [slice(split * length, (split + 1) * length) for split in range(split_k)]
+    return (torch.stack([F.linear(x[:, one], weight[:, one]) for one in ranges]),)
+
+
+@triton.jit
+def _split_linear_kernel(
+    x, weight, partials, M, N, K, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, col = tile_origin(tl.program_id(0), M, BLOCK_M, BLOCK_N)
+    split = tl.program_id(1)
+    length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    k_first = split * length
+    begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
+    acc = product_tile(
+        x, weight, row, col, k_first, tl.minimum(k_first + length, K), M, N, K,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA,
+    )  # fmt: skip
+    rows = row + tl.arange(0, BLOCK_M)[:, None]
+    cols = col + tl.arange(0, BLOCK_N)[None, :]
+    store(partials + (split * M + rows) * N + cols, acc, None, (rows < M) & (cols < N))
+
+
+def split_linear(x: Tensor, weight: Tensor, partials: Tensor, launch: TileLaunch) -> None:
+    """Write the products over `launch.split_k` ranges of K, see `split_linear_reference`.
+
+    x: (m, k), weight: (n, k), both bfloat16 or both E4M3. partials: (split_k, m, n), float32 or
+    bfloat16. Raises ValueError naming the tensor that is not so.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    check("x", x, (m, k), FP8, *FLOATS)
+    check("weight", weight, (n, k), x.dtype)
+    check("partials", partials, (launch.split_k, m, n), *FLOATS)
+    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
+    _split_linear_kernel[(tiles, launch.split_k)](
+        *_operands(x, weight, launch), partials, m, n, k, **_tile_constants(launch, k)
+    )
+
+
+def launch_linear(
+    kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    partials: Tensor | None,
+    launch: TileLaunch,
+    *arguments: Any,
+    **constants: Any,
+) -> None:
+    """Run an operation's `kernel` over all tiles of x (m, k) · weight (n, k)ᵀ.
+
+    With split_k > 1, `split_linear` first writes `partials` (split_k, m, n), and the kernel sums
+    them. It is called with x or partials, weight or None, `arguments`, M, N, K and the constants
+    of `linear_tile`.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    check("x", x, (m, k), FP8, *FLOATS)
+    check("weight", weight, (n, k), x.dtype)
+    if launch.split_k == 1:
+        operands, tile = _operands(x, weight, launch), _tile_constants(launch, k)
+    elif partials is None:
+        raise ValueError(f"partials must be given when K is split, got None with {launch}")
+    else:
+        split_linear(x, weight, partials, launch)
+        operands = (partials, None)
+        tile = _tile_constants(dataclasses.replace(launch, ahead=0, tma=False), k) | _SUM_TILE
+    grid = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    kernel[(grid,)](*operands, *arguments, m, n, k, **constants, **tile)
+
+
+def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, Any]:
+    if not launch.tma:
+        return x, weight
+    x_block, weight_block = ([rows, launch.block_k] for rows in (launch.block_m, launch.block_n))
+    return (
+        TensorDescriptor.from_tensor(x, x_block),
+        TensorDescriptor.from_tensor(weight, weight_block),
+    )
+
+
+def _tile_constants(launch: TileLaunch, k: int) -> dict[str, Any]:
+    return {
+        "SPLIT_K": launch.split_k,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
+        "EVEN_K": k % launch.block_k == 0,
+        "AHEAD": launch.ahead,
+        "TMA": launch.tma,
+        **launch.options(),
+    }
+
+
+def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
+    m, n, k = case["m"], case["n"], case["k"]
+    x, weight, _ = random_operands(m, n, k, case.dtype, device)
+    partials = poisoned_output((launch.split_k, m, n), case, device)
+    return Problem(
+        run=lambda: split_linear(x, weight, partials.tensor, launch),
+        reference=split_linear_reference,
+        inputs={"x": x, "weight": weight, "split_k": launch.split_k, "block_k": launch.block_k},
+        outputs=(partials,),
+        flops=2 * m * n * k,
+        bytes=moved_bytes({"x": x, "weight": weight}, partials.tensor[0]),
+    )
+
+
+def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
+    return linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
+
+
+def _cases() -> Iterator[Case]:
+    real = {"out": (50, 1024, 2048), "down": (50, 1024, 4096)}
+    for name, (m, n, k) in real.items():
+        for dtype in (torch.bfloat16, FP8):
+            yield Case(name, {"m": m, "n": n, "k": k}, dtype)
+    yield Case("ragged", {"m": 23, "n": 72, "k": 80}, real=False)
+    yield Case("ragged-k", {"m": 70, "n": 40, "k": 144}, FP8, real=False)
+
+
+SPEC = KernelSpec("split_linear", tuple(_cases()), _problem, _launches)

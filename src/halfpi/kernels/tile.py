@@ -1,0 +1,175 @@
+"""The matrix product that every linear operation shares, as helpers for Triton kernels.
+
+A linear operation is one tile of x · weightᵀ in fp32 and an epilogue of its own. With few rows the
+weights are all the work, so K is split too: `split_linear` leaves partial products, and the same
+kernel of the operation sums those in a fixed order where it would have multiplied. Results are
+deterministic either way.
+
+Rows of x are tokens. Tiles that share weights run next to each other, so weights come from memory
+once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from halfpi.kernels.spec import FP8_MAX, Launch
+
+LINE_BYTES = tl.constexpr(128)
+_FP8_MAX = tl.constexpr(FP8_MAX)
+
+
+@dataclass(frozen=True)
+class TileLaunch(Launch):
+    """Knobs of a linear operation.
+
+    block_m × block_n is the tile of the output, block_k the step along K. split_k: how many
+    programs share one tile; more than one needs a workspace. ahead: how many steps of weights are
+    fetched into L2 before waiting for the kernel before (with pdl). tma: read through tensor
+    descriptors (sm_90 and newer).
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    split_k: int = 1
+    ahead: int = 0
+    tma: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ahead and (self.tma or not self.pdl):
+            raise ValueError(f"ahead needs pdl and does not go with tma, got {self}")
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the pipeline of operand tiles."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Let the next kernel start, then wait for the one before: nothing it wrote is read earlier."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch_rows(rows, first, last, WIDTH: tl.constexpr):
+    """Bring WIDTH elements of each of `rows`, from `first` to below `last`, to L2; only a hint."""
+    LINE: tl.constexpr = LINE_BYTES * 8 // rows.dtype.element_ty.primitive_bitwidth
+    lines = first + tl.arange(0, triton.next_power_of_2(triton.cdiv(WIDTH, LINE))) * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [rows[:, None] + tl.minimum(lines, last - 1)[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def begin_product(
+    weight, col, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """`begin`, but first fetch the weights of this tile for AHEAD steps from `k` on."""
+    if AHEAD > 0:
+        cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        for step in tl.static_range(AHEAD):
+            fetch_rows(weight + cols * K, k + step * BLOCK_K, K, BLOCK_K)
+    begin(PDL)
+
+
+@triton.jit
+def valid_count(count, index, capacity):
+    """How many of `capacity` rows are valid: `count[index]`, or all without it."""
+    return capacity if count is None else tl.minimum(tl.load(count + index), capacity)
+
+
+@triton.jit
+def tile_origin(tile, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of an output tile: tiles that share weights follow each other."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    return (tile % tiles_m) * BLOCK_M, (tile // tiles_m) * BLOCK_N
+
+
+@triton.jit
+def product_tile(
+    x, weight, row, col, k_first, k_last, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """fp32 tile of x (M, K) · weight (N, K)ᵀ over k_first ≤ k < k_last, from (row, col) on.
+
+    fp32 operands are not rounded to TF32. Rows and columns past the end repeat the last one (or are
+    zero with TMA): they are not stored.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None] * K
+    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[:, None] * K
+    for k in range(k_first, k_last, BLOCK_K):
+        if TMA:
+            x_tile, weight_tile = x.load([row, k]), weight.load([col, k])
+        else:
+            ks = k + tl.arange(0, BLOCK_K)[None, :]
+            inside = None if EVEN_K else ks < K
+            beyond = None if EVEN_K else 0.0
+            x_tile = tl.load(x + rows + ks, mask=inside, other=beyond)
+            weight_tile = tl.load(weight + cols + ks, mask=inside, other=beyond)
+        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def partial_tile(
+    partials, row, col, M, N, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """fp32 tile of the sum of `partials` (SPLIT_K, M, N), always added in the same order."""
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
+    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1)
+    tile = partials + rows[:, None] * N + cols[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.static_range(SPLIT_K):
+        acc += tl.load(tile).to(tl.float32)
+        tile += M * N
+    return acc
+
+
+@triton.jit
+def linear_tile(
+    x, weight, alpha, row, col, M, N, K, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """fp32 tile of alpha · x · weightᵀ; with SPLIT_K > 1, x holds partial products."""
+    if SPLIT_K > 1:
+        acc = partial_tile(x, row, col, M, N, SPLIT_K, BLOCK_M, BLOCK_N)
+    else:
+        acc = product_tile(
+            x, weight, row, col, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA
+        )  # fmt: skip
+    return acc if alpha is None else acc * tl.load(alpha)
+
+
+@triton.jit
+def split_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The even and the odd columns of a (BLOCK_M, BLOCK_N) tile, which one thread holds both."""
+    return tl.split(tl.reshape(tile, (BLOCK_M, BLOCK_N // 2, 2)))
+
+
+@triton.jit
+def gelu_tanh(x):
+    """The tanh form of GELU; ½(1 + tanh u) is the sigmoid of 2u, u = √(2/π)·(x + 0.044715·x³)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def store(pointers, value, scale, mask):
+    """Store fp32 `value`; with a static `scale` it is quantised to E4M3 first."""
+    if scale is not None:
+        value = tl.minimum(tl.maximum(value * (1.0 / tl.load(scale)), -_FP8_MAX), _FP8_MAX)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)

@@ -1,0 +1,102 @@
+"""Launchers refuse what their kernel would misread, before anything is launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfpi.kernels.spec import FP8, Launch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from halfpi.kernels.ada_rms_norm import ada_rms_norm
+from halfpi.kernels.attention import AttentionLaunch, attention
+from halfpi.kernels.geglu import geglu
+from halfpi.kernels.linear import linear
+from halfpi.kernels.qkv_rope import qkv_rope
+from halfpi.kernels.rms_norm import rms_norm
+from halfpi.kernels.tile import TileLaunch
+
+
+def bfloat16(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+LINEAR: dict[str, Any] = {
+    "x": bfloat16(4, 32),
+    "weight": bfloat16(8, 32),
+    "out": bfloat16(4, 8),
+    "launch": TileLaunch(),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": bfloat16(32, 4).T}, "x must be contiguous"),
+        ({"weight": bfloat16(8, 31)}, r"weight must be contiguous bfloat16 \(8, 32\)"),
+        ({"weight": torch.zeros(8, 32)}, "weight must be .* got float32"),
+        ({"out": bfloat16(4, 9)}, r"out must be .* \(4, 8\), got bfloat16 \(4, 9\)"),
+        ({"out": bfloat16(4, 8).to(FP8)}, "out must be .* got float8_e4m3fn"),
+        ({"scale": torch.ones(1)}, "out must be contiguous float8_e4m3fn"),
+        ({"bias": torch.zeros(7)}, r"bias must be .* float32 \(8,\)"),
+        ({"gate": torch.zeros(3, 8)}, r"gate must be float32 \(4, 8\) or \(1, 8\)"),
+        ({"gate": torch.zeros(8, 4).T}, "gate must have contiguous rows"),
+        ({"residual": torch.zeros(4, 8)}, "residual must be contiguous bfloat16"),
+        ({"count": torch.ones(1)}, "count must be contiguous int32"),
+        ({"launch": TileLaunch(split_k=2)}, "partials must be given"),
+    ],
+)
+def test_linear(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear(**{**LINEAR, **change})
+
+
+def test_split_workspace() -> None:
+    launch, partials = TileLaunch(split_k=2), torch.zeros(3, 4, 8)
+    with pytest.raises(ValueError, match=r"partials must be .* \(2, 4, 8\), got float32"):
+        geglu(
+            LINEAR["x"], LINEAR["weight"], bfloat16(4, 4), launch=launch, partials=partials
+        )  # fmt: skip
+
+
+def test_ahead_needs_pdl() -> None:
+    with pytest.raises(ValueError, match="ahead needs pdl"):
+        TileLaunch(ahead=1)
+
+
+def test_attention() -> None:
+    query, keys = bfloat16(1, 5, 4, 16), bfloat16(1, 9, 2, 16)
+    launch = AttentionLaunch()
+    with pytest.raises(ValueError, match="values must be"):
+        attention(query, keys, keys[:, :8], query, launch)
+    with pytest.raises(ValueError, match=r"keys must be .* contiguous heads"):
+        attention(query, keys.mT.contiguous().mT, keys, query, launch)
+    with pytest.raises(ValueError, match="query must have a multiple of 2 heads, got 3"):
+        attention(query[:, :, :3], keys, keys, query, launch)
+    with pytest.raises(ValueError, match="key_count must be contiguous int32"):
+        attention(query, keys, keys, query, launch, key_count=torch.tensor([3]))
+    with pytest.raises(ValueError, match="partials and log_sums must be given"):
+        attention(query, keys, keys, query, AttentionLaunch(splits=2))
+
+
+def test_qkv_rope() -> None:
+    table, cache = torch.zeros(9, 8), bfloat16(9, 1, 16)
+    with pytest.raises(ValueError, match=r"weight must be .* \(64, 32\)"):
+        qkv_rope(
+            LINEAR["x"], bfloat16(48, 32), table, table, bfloat16(4, 2, 16), cache, cache,
+            TileLaunch(),
+        )  # fmt: skip
+
+
+def test_norms() -> None:
+    x = bfloat16(4, 32)
+    with pytest.raises(ValueError, match="gain must be contiguous float32"):
+        rms_norm(x, x[0], x, Launch())
+    with pytest.raises(ValueError, match="modulation must be float32"):
+        ada_rms_norm(x, torch.zeros(2, 96), x, Launch())
+    with pytest.raises(ValueError, match="partials and gate must be given together"):
+        ada_rms_norm(x, torch.zeros(1, 96), x, Launch(), gate=torch.zeros(1, 32))
