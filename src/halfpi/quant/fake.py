@@ -84,12 +84,14 @@ class FakeQuantPi05(Pi05):
         self._step.index = min(step, self._num_steps - 1)
         return super().velocity(cache, actions, time)
 
-    def _schedule(self, num_steps: int, noise: Tensor, decided: int) -> Iterator[list[Tensor]]:
+    def _schedule(
+        self, num_steps: int, noise: Tensor, decided: int
+    ) -> Iterator[tuple[float, list[Tensor]]]:
         if num_steps != self._num_steps:
             raise ValueError(
                 f"the scales are for {self._num_steps} denoising steps, got num_steps={num_steps}; "
                 "calibrate with as many steps as will run"
             )
-        for index, modulations in enumerate(super()._schedule(num_steps, noise, decided)):
+        for index, step in enumerate(super()._schedule(num_steps, noise, decided)):
             self._step.index = index
-            yield modulations
+            yield step

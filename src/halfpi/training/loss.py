@@ -81,7 +81,7 @@ def losses(
     prefix = model.prefill(image_tokens, batch.image_mask, batch.tokens, batch.token_mask)
     actions = batch.actions.repeat_interleave(copies, 0)
     noise = torch.randn_like(actions)
-    given = _given(*actions.shape[:2], chunking, actions.device)
+    given = _given(len(actions), actions.shape[1], chunking, actions.device)
     time = sample_time(len(actions), actions.device)[:, None].masked_fill(given, 0.0)
     noisy = torch.lerp(actions, noise, time[..., None])
     velocity = model.velocity(prefix.repeat_interleave(copies), noisy, time)
