@@ -6,6 +6,7 @@ What a command does is in `halfpi.commands`, which is imported only when the com
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,17 +18,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-Dtype = Literal["float32", "bfloat16"]
+from halfpi.serving.config import ServeConfig
 
-DEMO_TASKS = (
-    "drawer-open",
-    "window-close",
-    "faucet-open",
-    "door-close",
-    "push",
-    "pick-place",
-    "hammer",
-)
+Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Demo:
     Without OpenGL for rendering, it runs on recorded frames instead and says what to install.
     """
 
-    tasks: tuple[str, ...] = DEMO_TASKS
+    tasks: tuple[str, ...] = ("all",)
     """Meta-World tasks, or the groups "all" and "precise"."""
     episodes: int = 1
     """Held-out episodes of each task."""
@@ -47,6 +41,8 @@ class Demo:
     """Euler steps of a call."""
     execute: int = 8
     """Actions executed of each chunk before the next call."""
+    precision: Precision = "fp32"
+    """Of the arithmetic; fp8 needs scales beside the checkpoint."""
     output: Path = Path("outputs/demo")
     """Where the contact sheet of each episode goes."""
     json: bool = False
@@ -71,8 +67,8 @@ class Eval:
     """Euler steps of a call."""
     execute: tuple[int, ...] = (8,)
     """Actions executed of each chunk before the next call."""
-    dtype: Dtype = "float32"
-    """Working dtype of the model."""
+    precision: Precision = "fp32"
+    """Of the arithmetic; fp8 needs scales beside the checkpoint."""
     wrong_instruction: bool = False
     """Ask for the other task of a shared scene; only tasks that share one are played."""
     workers: int | None = None
@@ -160,15 +156,9 @@ class Convert(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Infer(Source):
-    """Run one observation through a policy and print its actions, a row each, in robot units."""
+class Run(Source):
+    """How to run a checkpoint."""
 
-    prompt: str
-    """The instruction."""
-    state: tuple[float, ...]
-    """The robot's state, in its own units."""
-    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CAMERA=FILE")]
-    """Image files by camera; a camera that is left out is masked."""
     tokenizer: Path | None = None
     """A tokenizer.json or SentencePiece .model, if the checkpoint brings none."""
     num_steps: int = 10
@@ -177,10 +167,69 @@ class Infer(Source):
     """Of the noise."""
     device: str | None = None
     """A torch device; CUDA if there is one, else the CPU."""
-    dtype: Dtype = "float32"
-    """Working dtype of the model."""
+    precision: Precision = "fp32"
+    """Of the arithmetic; fp8 needs scales beside the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infer(Run):
+    """Run one observation through a policy and print its actions, a row each, in robot units."""
+
+    prompt: str
+    """The instruction."""
+    state: tuple[float, ...]
+    """The robot's state, in its own units."""
+    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CAMERA=FILE")]
+    """Image files by camera; a camera that is left out is masked."""
     json: bool = False
     """Print JSON, with the milliseconds of each stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(Run):
+    """Serve a policy to openpi clients over websockets, with /healthz and /metrics.
+
+    SIGHUP reloads the checkpoint without dropping a connection, SIGTERM drains and exits.
+    """
+
+    server: tyro.conf.OmitArgPrefixes[ServeConfig] = dataclasses.field(default_factory=ServeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Run):
+    """Measure the ranges of activations on recorded frames; save fp8 scales beside a checkpoint."""
+
+    recordings: Path
+    """Directory that 'halfpi record' wrote."""
+    frames: int = 64
+    """Frames to look at, spread evenly over tasks."""
+    percentile: float = 100.0
+    """Of the frames' maxima; what is larger will saturate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Source):
+    """Time a model's stages on this device: floor, measured, share of the floor.
+
+    Without a checkpoint's weights, the presets of the released sizes are timed with random ones.
+    """
+
+    checkpoint: Positional[str] = "nano"
+    """A checkpoint directory, "nano", or a preset as pi05 with random weights."""
+    cameras: int = 2
+    """Cameras that are there."""
+    prompt_tokens: int = 24
+    """Tokens of the prompt."""
+    num_steps: int = 10
+    """Euler steps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the arithmetic."""
+    device: str | None = None
+    """A torch device; CUDA if there is one, else the CPU."""
+    repeats: int = 200
+    """Timed calls of each stage."""
+    results: Path | None = None
+    """Append the record below this directory, as benchmarks/results."""
 
 
 # Each command with the function that does it, as module and name under halfpi.commands.
@@ -192,6 +241,9 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "inspect": (Inspect, "checkpoint", "inspect"),
     "convert": (Convert, "checkpoint", "convert"),
     "infer": (Infer, "checkpoint", "infer"),
+    "serve": (Serve, "serving", "serve"),
+    "calibrate": (Calibrate, "quantisation", "calibrate"),
+    "bench": (Bench, "performance", "bench"),
 }
 
 
@@ -208,6 +260,8 @@ def main() -> None:
         getattr(import_module(f"halfpi.commands.{module}"), function)(options)
     except (ValueError, OSError) as error:
         sys.exit(f"halfpi: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"halfpi: {error}; install halfpi with the extra that the command needs")
 
 
 def _note(message: Warning | str, *_: object, **__: object) -> None:

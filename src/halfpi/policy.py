@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint
 from halfpi.engine import EagerEngine
-from halfpi.model import Guidance
+from halfpi.model import Guidance, Pi05
 from halfpi.processing.pipeline import Processor
 from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
+from halfpi.quant import FakeQuantPi05, load_scales
 from halfpi.types import ActionChunk, Keep, Observation
 
+Precision = Literal["fp32", "bf16", "fp8"]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 NANO = Path(__file__).parent / "assets" / "nano"
 NOTHING = Keep()
 
@@ -143,7 +146,7 @@ def load_policy(
     path: str | os.PathLike[str] = "nano",
     *,
     device: str | None = None,
-    dtype: str = "float32",
+    precision: Precision = "fp32",
     num_steps: int = 10,
     tokenizer: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -153,7 +156,8 @@ def load_policy(
 ) -> Policy:
     """The policy in the checkpoint directory `path`; "nano" is the one that ships with halfpi.
 
-    device: a torch device; CUDA if there is one, else the CPU. dtype: "float32" or "bfloat16".
+    device: a torch device; CUDA if there is one, else the CPU. precision: "fp32", "bf16", or "fp8"
+    with the scales beside the checkpoint, whose arithmetic the eager engine imitates.
     tokenizer: a tokenizer.json or SentencePiece .model; if absent, the checkpoint is searched and
     then the usual caches. asset_id, processing_overrides, config_overrides: as in
     `open_checkpoint`, for what the checkpoint does not say.
@@ -174,8 +178,18 @@ def load_policy(
         checkpoint.processing, checkpoint.config.action_dim, load_tokenizer(found)
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(checkpoint, device=device, dtype=dtype)
+    model = _model(checkpoint, device, precision)
     return Policy(processor, EagerEngine(model), num_steps=num_steps, seed=seed)
+
+
+def _model(checkpoint: Checkpoint, device: str, precision: Precision) -> Pi05:
+    if precision == "fp8":
+        scales = load_scales(checkpoint)
+        return FakeQuantPi05(load_model(checkpoint, device=device), scales)
+    if precision not in DTYPES:
+        expected = ", ".join([*DTYPES, "fp8"])
+        raise ValueError(f"precision must be one of {expected}, got {precision!r}")
+    return load_model(checkpoint, device=device, dtype=DTYPES[precision])
 
 
 def _require_stats(checkpoint: Checkpoint) -> None:

@@ -16,16 +16,16 @@ from rich.table import Table
 from halfpi import checkpoints
 from halfpi.commands.console import notes, output, print_json
 from halfpi.config import ProcessingConfig
-from halfpi.policy import NANO, load_policy
+from halfpi.policy import NANO, Policy, load_policy
 from halfpi.types import Observation
 
 if TYPE_CHECKING:
-    from halfpi.cli import Convert, Infer, Inspect, Source
+    from halfpi.cli import Convert, Infer, Inspect, Run, Source
 
 
 def inspect(options: Inspect) -> None:
     """Print a checkpoint's summary."""
-    summary = _open(options).describe()
+    summary = open_source(options).describe()
     if options.json:
         data = dataclasses.asdict(summary)
         print_json({key: str(v) if isinstance(v, Path) else v for key, v in data.items()})
@@ -44,24 +44,14 @@ def inspect(options: Inspect) -> None:
 def convert(options: Convert) -> None:
     """Convert a checkpoint into halfpi's format."""
     target = checkpoints.convert(
-        _open(options), options.target, dtype=options.dtype, overwrite=options.overwrite
+        open_source(options), options.target, dtype=options.dtype, overwrite=options.overwrite
     )
     notes.print(f"wrote {target}")
 
 
 def infer(options: Infer) -> None:
     """Print the actions for one observation."""
-    policy = load_policy(
-        options.checkpoint,
-        device=options.device,
-        dtype=options.dtype,
-        num_steps=options.num_steps,
-        tokenizer=options.tokenizer,
-        seed=options.seed,
-        asset_id=options.asset_id,
-        processing_overrides=_fields(options.processing),
-        **_fields(options.model),
-    )
+    policy = policy_of(options)
     images = {camera: _read_image(file) for camera, file in _pairs(options.images)}
     state = np.array(options.state, np.float32)
     chunk = policy.infer(Observation(images, state, options.prompt))
@@ -72,7 +62,23 @@ def infer(options: Infer) -> None:
         output.print(" ".join(f"{value:+.4f}" for value in action), highlight=False)
 
 
-def _open(options: Source) -> checkpoints.Checkpoint:
+def policy_of(options: Run) -> Policy:
+    """The policy that a command's options ask for."""
+    return load_policy(
+        options.checkpoint,
+        device=options.device,
+        precision=options.precision,
+        num_steps=options.num_steps,
+        tokenizer=options.tokenizer,
+        seed=options.seed,
+        asset_id=options.asset_id,
+        processing_overrides=_fields(options.processing),
+        **_fields(options.model),
+    )
+
+
+def open_source(options: Source) -> checkpoints.Checkpoint:
+    """The checkpoint that a command's options name, opened."""
     return checkpoints.open_checkpoint(
         NANO if options.checkpoint == "nano" else options.checkpoint,
         asset_id=options.asset_id,

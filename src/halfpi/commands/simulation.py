@@ -11,12 +11,12 @@ import numpy as np
 from rich.table import Table
 
 from halfpi.commands.console import notes, output, print_json, track
-from halfpi.policy import load_policy
+from halfpi.policy import Policy, load_policy
 from halfpi.sim import demo as sim_demo
 from halfpi.sim.evaluate import Episode, EvalConfig
 from halfpi.sim.evaluate import evaluate as play_all
 from halfpi.sim.rendering import RenderingUnavailableError
-from halfpi.sim.results import Setting, comparison_table, save_summaries, setting_table
+from halfpi.sim.results import Setting, comparison_table, save_summaries, speed_table, success_table
 from halfpi.sim.tasks import SHARED_SCENE, TASKS, select
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 def demo(options: Demo) -> None:
     """Play the demo in simulation, or on recorded frames where nothing can be rendered."""
     tasks = select(options.tasks)
-    policy = load_policy(options.policy, num_steps=options.num_steps)
-    config = EvalConfig(options.policy, options.num_steps, options.execute)
+    policy = _load(options)
+    config = EvalConfig(
+        options.policy, options.num_steps, options.execute, precision=options.precision
+    )
     notes.print(f"{options.policy} on {policy.engine.device}, {options.num_steps} steps a call")
     played = sim_demo.play(policy, tasks, options.episodes, config, options.output)
     try:
@@ -40,13 +42,16 @@ def demo(options: Demo) -> None:
     if options.json:
         print_json({**setting.summary(), "sheets": [str(sheet) for _, sheet in results]})
         return
-    output.print(setting_table(setting))
+    output.print(speed_table(setting))
     output.print(f"What the cameras saw: {options.output}/*.png")
 
 
+def _load(options: Demo) -> Policy:
+    return load_policy(options.policy, num_steps=options.num_steps, precision=options.precision)
+
+
 def _demo_on_frames(options: Demo) -> None:
-    policy = load_policy(options.policy, num_steps=options.num_steps)
-    results = list(sim_demo.play_frames(policy))
+    results = list(sim_demo.play_frames(_load(options)))
     if options.json:
         print_json({"recorded_frames": [dataclasses.asdict(result) for result in results]})
         return
@@ -72,7 +77,7 @@ def evaluate(options: Eval) -> None:
         raise ValueError("nothing to evaluate: no task that shares a scene, or no episodes")
     settings = []
     for num_steps, execute in itertools.product(options.num_steps, options.execute):
-        config = EvalConfig(options.policy, num_steps, execute, dtype=options.dtype)
+        config = EvalConfig(options.policy, num_steps, execute, precision=options.precision)
         played = play_all(tasks, options.episodes, config, prompts, options.workers)
         name = f"{num_steps} steps, {execute} actions a call"
         episodes = track(played, name, len(tasks) * options.episodes)
@@ -91,6 +96,6 @@ def _report(settings: list[Setting], as_json: bool, path: Path | None) -> None:
         print_json([setting.summary() for setting in settings])
         return
     for setting in settings:
-        output.print(setting_table(setting))
+        output.print(success_table(setting))
     if len(settings) > 1:
         output.print(comparison_table(settings))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from halfpi.policy import Policy, load_policy
+from halfpi.policy import Policy, Precision, load_policy
 from halfpi.sim.environment import MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.record import HELD_OUT_SEED
 from halfpi.sim.tasks import Task
@@ -36,7 +36,7 @@ class EvalConfig:
     num_steps: int = 10
     execute: int = 8
     max_steps: int = MAX_STEPS
-    dtype: str = "float32"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Worker:
     def __init__(self, config: EvalConfig) -> None:
         torch.set_num_threads(1)  # the processes share the cores among them
         self.policy = load_policy(
-            config.policy, device="cpu", dtype=config.dtype, num_steps=config.num_steps
+            config.policy, device="cpu", precision=config.precision, num_steps=config.num_steps
         )
         self.environment: MetaWorldEnvironment | None = None
 

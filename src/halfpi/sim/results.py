@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from halfpi.sim.evaluate import Episode, EvalConfig
@@ -53,11 +54,9 @@ class Setting:
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready figures."""
-        precise = [task for task in self.tasks if task in PRECISE]
         return {
             "config": dataclasses.asdict(self.config),
-            "mean_success": self.mean_success(self.tasks),
-            "mean_success_precise": self.mean_success(precise) if precise else None,
+            "means": {name: self.mean_success(tasks) for name, tasks in _groups(self).items()},
             "median_ms": {stage: self.median_ms(stage) for stage in (*STAGES, "total_ms")},
             "tasks": {task: self._task_summary(task) for task in self.tasks},
         }
@@ -76,35 +75,61 @@ class Setting:
         }
 
 
-def setting_table(setting: Setting) -> Table:
-    """Task by task: success with its interval, steps, control rate and milliseconds a stage."""
-    config = setting.config
-    table = Table(
-        title=f"{config.policy}, {config.num_steps} steps, {config.execute} actions a call"
-    )
-    for name in ("task", "success", "95 %", "steps", "action error", "control Hz"):
-        table.add_column(name, justify="left" if name == "task" else "right")
-    for stage in STAGES:
-        table.add_column(stage.removesuffix("_ms") + " ms", justify="right")
+def success_table(setting: Setting) -> Table:
+    """Task by task: success with its interval, steps to it, and the error of the first chunk."""
+    table = _table(setting, ("success", "95 %", "steps", "action error"))
     for task, row in setting.summary()["tasks"].items():
-        table.add_row(
-            task,
-            f"{row['successes']}/{row['episodes']}",
-            _interval(row["interval"]),
-            "–" if row["median_steps"] is None else f"{row['median_steps']:.0f}",
-            f"{row['action_error']:.3f}",
-            f"{config.execute * 1000 / setting.median_ms('total_ms', [task]):.0f}",
-            *(f"{setting.median_ms(stage, [task]):.1f}" for stage in STAGES),
-        )
-    overall = setting.success()
+        solved = f"{row['successes']}/{row['episodes']}"
+        steps, error = _steps(row), f"{row['action_error']:.3f}"
+        table.add_row(task, solved, _interval(row["interval"]), steps, error)
     table.add_section()
-    mean = f"{100 * setting.mean_success(setting.tasks):.1f} %"
-    table.add_row("mean", mean, _interval(overall.interval))
-    precise = [task for task in setting.tasks if task in PRECISE]
-    if precise:
-        mean = f"{100 * setting.mean_success(precise):.1f} %"
-        table.add_row("mean, precise", mean, _interval(setting.success(precise).interval))
+    for name, tasks in _groups(setting).items():
+        mean, interval = setting.mean_success(tasks), setting.success(tasks).interval
+        table.add_row(name, f"{100 * mean:.1f} %", _interval(interval))
     return table
+
+
+def speed_table(setting: Setting) -> Table:
+    """Task by task: success, steps, control rate, and median milliseconds of each stage."""
+    stages = (*STAGES, "total_ms")
+    names = (stage.removesuffix("_ms").replace("processing", "pre/post") for stage in stages)
+    table = _table(setting, ("success", "steps", "Hz", *names))
+    table.caption = "stages in ms a call; Hz: actions executed a second of calls"
+    groups = {task: [task] for task in setting.tasks} | {"all": setting.tasks}
+    for name, tasks in groups.items():
+        if name == "all":
+            table.add_section()
+        success = setting.success(tasks)
+        rows = [row for task, row in setting.summary()["tasks"].items() if task in tasks]
+        rate = setting.config.execute * 1000 / setting.median_ms("total_ms", tasks)
+        table.add_row(
+            name,
+            f"{success.successes}/{success.trials}",
+            _steps(rows[0]) if len(rows) == 1 else "",
+            f"{rate:.0f}",
+            *(f"{setting.median_ms(stage, tasks):.1f}" for stage in stages),
+        )
+    return table
+
+
+def _table(setting: Setting, columns: Sequence[str]) -> Table:
+    config = setting.config
+    title = f"{config.policy}, {config.num_steps} Euler steps, {config.execute} actions a call"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("task", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _groups(setting: Setting) -> dict[str, list[str]]:
+    groups = {"mean": setting.tasks}
+    precise = [task for task in setting.tasks if task in PRECISE]
+    return {**groups, "mean, precise": precise} if precise else groups
+
+
+def _steps(row: Mapping[str, Any]) -> str:
+    return "–" if row["median_steps"] is None else f"{row['median_steps']:.0f}"
 
 
 def comparison_table(settings: Sequence[Setting]) -> Table:
