@@ -47,7 +47,7 @@ def train(options: Train) -> None:
     vocabulary = train_tokenizer(
         (s for t in TASKS.values() for s in t.sentences), config.vocab_size
     )
-    vocabulary.save(str(tokenizer))
+    vocabulary.save(str(tokenizer), pretty=False)
     processing = _processing(options.output / "processing.json", data)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batches = Batches(data, processing, load_tokenizer(tokenizer), device)

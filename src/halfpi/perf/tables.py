@@ -8,11 +8,14 @@ makes all of them anew. Where a table belongs, a document has `<!-- table:NAME -
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from halfpi.config import PRESETS
 from halfpi.perf.cases import STAGES, standard_case
@@ -20,7 +23,11 @@ from halfpi.perf.devices import devices
 from halfpi.perf.records import Record, read_records
 from halfpi.perf.roofline import floors
 
+# Name → the settings of one evaluation, as 'halfpi eval --output' writes them.
+Successes = Mapping[str, Sequence[Mapping[str, Any]]]
+
 RESULTS = Path("benchmarks/results")
+SUCCESSES = Path("benchmarks/success")
 _MARKER = re.compile(r"^<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->$", re.MULTILINE)
 _TIMES = (*STAGES, "total")
 # Fields of a case → column.
@@ -37,17 +44,22 @@ class TableError(ValueError):
     """A document whose table markers do not pair up, or name no table."""
 
 
-def render(text: str, records: Sequence[Record]) -> str:
+def render(text: str, records: Sequence[Record], successes: Successes | None = None) -> str:
     """`text` with every table made anew. Raises TableError naming the marker that is wrong."""
+    tables = {name: partial(make, records) for name, make in TABLES.items()}
+    tables |= {
+        f"success-{name}": partial(_success, settings)
+        for name, settings in (successes or {}).items()
+    }
     markers = list(_MARKER.finditer(text))
     parts, reached = [], 0
     for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
         name = begin["name"]
         if begin["end"] or end is None or not end["end"] or end["name"] != name:
             raise TableError(f"{begin[0]} is not followed by its counterpart")
-        if name not in TABLES:
-            raise TableError(f"no table is called {name}; there are {', '.join(TABLES)}")
-        parts += [text[reached : begin.end()], "\n", TABLES[name](records)]
+        if name not in tables:
+            raise TableError(f"no table is called {name}; there are {', '.join(tables)}")
+        parts += [text[reached : begin.end()], "\n", tables[name]()]
         reached = end.start()
     return "".join(parts) + text[reached:]
 
@@ -58,12 +70,12 @@ def stale_documents(root: Path) -> dict[Path, str]:
     Documents are the Markdown files in `root` and its docs. Raises TableError naming the document,
     and RecordError.
     """
-    records = read_records(root / RESULTS)
+    records, successes = read_records(root / RESULTS), _read_successes(root / SUCCESSES)
     stale = {}
     for path in [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         try:
-            rendered = render(text, records)
+            rendered = render(text, records, successes)
         except TableError as error:
             raise TableError(f"{path}: {error}") from error
         if rendered != text:
@@ -149,6 +161,29 @@ def _peers(records: Sequence[Record]) -> str:
         for record in sorted(quoted, key=lambda record: (record.device, record.ms["total"].p50))
     ]
     return _table(("device", "engine", *_CASE.values(), "total ms", "source"), rows)
+
+
+def _read_successes(directory: Path) -> Successes:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+
+
+def _success(settings: Sequence[Mapping[str, Any]]) -> str:
+    """Success of the first setting, task by task, with its 95 % interval."""
+    rows = [
+        (
+            task,
+            row["prompt"],
+            f"{row['successes']}/{row['episodes']}",
+            "{:.0f}–{:.0f} %".format(*(100 * bound for bound in row["interval"])),
+            "–" if row["median_steps"] is None else f"{row['median_steps']:.0f}",
+        )
+        for task, row in settings[0]["tasks"].items()
+    ]
+    means = [
+        (f"**{name}**", "", f"**{100 * mean:.1f} %**", "", "")
+        for name, mean in settings[0]["means"].items()
+    ]
+    return _table(("task", "instruction", "success", "95 %", "steps"), [*rows, *means])
 
 
 TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {

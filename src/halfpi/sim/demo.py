@@ -13,12 +13,13 @@ from PIL import Image
 from halfpi.policy import NANO, Policy
 from halfpi.sim.environment import MetaWorldEnvironment
 from halfpi.sim.evaluate import Episode, EvalConfig, play_episode
-from halfpi.sim.record import HELD_OUT_SEED, Frames
+from halfpi.sim.record import HELD_OUT_SEED, Frames, record_moment
 from halfpi.sim.rendering import CAMERAS
-from halfpi.sim.tasks import TASKS, Task
+from halfpi.sim.tasks import Task, select
 from halfpi.types import Observation, StageTimes
 
 RECORDED_FRAMES = NANO / "frames.npz"
+MOMENT = 12  # control steps into an episode
 SHEET_COLUMNS = 12
 TILE = 112
 
@@ -65,10 +66,20 @@ class FrameResult:
     times: StageTimes
 
 
+def save_moments(policy: Policy, path: Path = RECORDED_FRAMES) -> None:
+    """Record what `play_frames` plays: a moment on the way to the object, of each precise task."""
+    size, moments = policy.processor.config.image_size, []
+    for task in select(["precise"]):
+        environment = MetaWorldEnvironment(task, size)
+        moments.append(record_moment(environment, HELD_OUT_SEED, MOMENT, policy.horizon))
+        environment.close()
+    Frames.concatenate(moments).save(path, compressed=True)
+
+
 def play_frames(policy: Policy, path: Path = RECORDED_FRAMES) -> Iterator[FrameResult]:
-    """Run the policy on the frames recorded for nano, one a task; needs no simulator."""
+    """Run the policy on recorded moments of the precise tasks; needs no simulator."""
     frames = Frames.load(path)
-    for task, row in zip(TASKS.values(), range(len(frames.states)), strict=True):
+    for row, task in enumerate(select(["precise"])):
         images: dict[str, NDArray[np.uint8]] = dict(zip(CAMERAS, frames.images[row], strict=True))
         chunk = policy.infer(Observation(images, frames.states[row], task.instruction))
         difference = np.abs(np.clip(chunk.actions, -1, 1) - frames.chunks[row])

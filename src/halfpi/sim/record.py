@@ -66,11 +66,12 @@ class Frames:
     full_states: NDArray[np.float32]
     episodes: NDArray[np.int64]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, compressed: bool = False) -> None:
         """Write an .npz of the arrays; the file appears whole or not at all."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with temporary.open("wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+            (np.savez_compressed if compressed else np.savez)(file, **arrays)
         temporary.rename(path)
 
     @classmethod
@@ -145,6 +146,15 @@ def _solve(
         if environment.act(action):
             return actions + [environment.expert_action()] * STEPS_AFTER_SUCCESS
     return None
+
+
+def record_moment(environment: MetaWorldEnvironment, seed: int, step: int, horizon: int) -> Frames:
+    """One frame, after `step` steps of the undisturbed expert."""
+    environment.reset(seed)
+    for _ in range(step):
+        environment.act(environment.expert_action())
+    images, state, chunk, full_state = (array[None] for array in _frame(environment, horizon))
+    return Frames(images, state, chunk, full_state, np.array([seed]))
 
 
 def _frame(environment: MetaWorldEnvironment, horizon: int) -> tuple[NDArray[Any], ...]:
