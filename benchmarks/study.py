@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop then, dropping what is unfinished")
     parser.add_argument("--workers", type=int, help="processes; one a core by default")
     parser.add_argument("--settings", default="", help="only those whose name matches this regex")
-    parser.add_argument("--precise-seeds", type=int, default=70, help="episodes a precise task")
+    parser.add_argument("--precise-seeds", type=int, default=72, help="episodes a precise task")
     parser.add_argument("--all-seeds", type=int, default=24, help="episodes a task of all")
     parser.add_argument("--policy", default="nano")
     parser.add_argument("--report", action="store_true", help="write the document from the record")

@@ -254,7 +254,7 @@ def test_the_report_compares_with_the_baseline_and_finds_the_cliff(tmp_path: Pat
     assert "60.0 % (60/100) | 50.2–69.1 % | -36.0 | -45.4 to -26.6 | 156 | 1.00 | 10.0 | 1.0" in row
     assert "| asynchronous | 2, 4 | 4 |" in text
     assert "| trained | 4 | none |" in text
-    assert "2 Euler steps | 94.0 % (94/100)" in text
+    assert "Euler steps 2 | 94.0 % (94/100)" in text
     assert "| 390 | 2.50 |" in text
     assert text.index("### Reuse") < text.index("vision cache 0.05") < text.index("### Euler steps")
     assert (tmp_path / "docs" / "study.png").read_bytes().startswith(b"\x89PNG")

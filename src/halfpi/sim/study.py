@@ -44,6 +44,8 @@ from halfpi.types import ActionChunk, Observation
 
 # Nano was trained with at most so many actions given.
 MAX_GIVEN = 6
+# Episodes of one task in a row in one process: a new environment costs about as much as one.
+RUN = 12
 
 # From the horizon and how many actions of a chunk are executed. An asynchronous call begins when
 # horizon − execute actions are left: at every delay up to that, each chunk is used for `execute`
@@ -81,7 +83,7 @@ class StudySetting:
         """What is not as in the baseline, in words."""
         parts = [f"{self.scheduler}, delay {self.delay}"]
         if self.num_steps != StudySetting.num_steps:
-            parts.append(f"{self.num_steps} Euler steps")
+            parts.append(f"Euler steps {self.num_steps}")
         if self.execute != StudySetting.execute:
             parts.append(f"{self.execute} actions a call")
         if self.camera_change is not None:
@@ -250,7 +252,7 @@ def run_study(
         missing[job.setting] += 1
     collected: dict[StudySetting, list[Played]] = defaultdict(list)
     # One stream over all settings: no core waits for the slowest episode of each.
-    for played in in_parallel(_play, jobs, workers, run=5):
+    for played in in_parallel(_play, jobs, workers, RUN):
         collected[played.setting].append(played)
         if len(collected[played.setting]) == missing[played.setting]:
             run = _summed(played.setting, policy, collected.pop(played.setting))

@@ -84,7 +84,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     figure = Figure(figsize=(6 * len(groups), 4.5), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for tasks, axes in zip(groups, panels, strict=True):
-        for name in SCHEDULERS:
+        for place, name in enumerate(SCHEDULERS):
             line = _line([run for run in runs if run.setting.tasks == tasks], name)
             rates = [100 * _success(run).rate for run in line]
             bounds = [[100 * bound for bound in _success(run).interval] for run in line]
@@ -93,9 +93,11 @@ def plot(runs: Sequence[Run]) -> bytes:
                 [high - rate for rate, (_, high) in zip(rates, bounds, strict=True)],
             ]
             if line:
-                delays = [run.setting.delay for run in line]
+                aside = 0.05 * (place - len(SCHEDULERS) // 2)  # or error bars hide each other
+                delays = [run.setting.delay + aside for run in line]
                 axes.errorbar(delays, rates, errors, marker="o", capsize=3, label=name)
         axes.set(title=GROUPS[tasks], xlabel="delay of a call (control steps)")
+        axes.set_xticks(sorted({run.setting.delay for run in runs}))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("success (%), Wilson 95 %")
     panels[0].legend(fontsize="small")
