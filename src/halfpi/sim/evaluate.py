@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from halfpi.sim.environment import MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.record import HELD_OUT_SEED
 from halfpi.sim.tasks import Task
 from halfpi.types import Observation, StageTimes
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,19 @@ def evaluate(
         for task in tasks
         for index in range(episodes)
     ]
+    yield from in_parallel(_play, jobs, workers, run=min(5, max(1, episodes)))
+
+
+def in_parallel(
+    play: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None, run: int
+) -> Iterator[Result]:
+    """`play` every job in processes, by default one a core; yields results as they come.
+
+    run: jobs in a row that go to one process; those of one task keep it on one environment.
+    """
     context = multiprocessing.get_context("spawn")  # OpenGL contexts do not survive a fork
     with context.Pool(min(workers or os.cpu_count() or 1, len(jobs))) as pool:
-        # A chunk of one task's episodes keeps a worker on one environment for a while.
-        yield from pool.imap_unordered(_play, jobs, chunksize=min(5, max(1, episodes)))
+        yield from pool.imap_unordered(play, jobs, chunksize=run)
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class _Job:
     prompt: str | None
 
 
-class _Worker:
+class Worker:
     """What a worker process keeps between episodes: the policy, and the environment last used."""
 
     def __init__(self, config: EvalConfig) -> None:
@@ -128,6 +142,7 @@ class _Worker:
         self.environment: MetaWorldEnvironment | None = None
 
     def prepare(self, task: Task) -> MetaWorldEnvironment:
+        """The environment of `task`; the one before is closed."""
         if self.environment is None or self.environment.task != task:
             if self.environment is not None:
                 self.environment.close()
@@ -136,11 +151,12 @@ class _Worker:
         return self.environment
 
 
-_workers: dict[EvalConfig, _Worker] = {}
+@cache
+def worker_for(config: EvalConfig) -> Worker:
+    """The worker of this process for `config`."""
+    return Worker(config)
 
 
 def _play(job: _Job) -> Episode:
-    if job.config not in _workers:
-        _workers[job.config] = _Worker(job.config)
-    worker = _workers[job.config]
+    worker = worker_for(job.config)
     return play_episode(worker.policy, worker.prepare(job.task), job.seed, job.config, job.prompt)
