@@ -84,7 +84,7 @@ class Frames:
         """Read what `save` wrote; raises ValueError that names a file which is none."""
         names = [field.name for field in dataclasses.fields(cls)]
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 return cls(**{name: data[name] for name in names})
         except Exception as error:  # zipfile, numpy and OS errors alike
             raise ValueError(f"{path} is not a recording by 'halfpi record': {error}") from error

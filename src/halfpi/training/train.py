@@ -105,7 +105,6 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """One update; returns the two losses (2,), on the device."""
         config = self._config
-        torch.manual_seed((config.seed << 32) + self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * rate_factor(self.step, config)
         with torch.autocast(self._batches.device.type, torch.bfloat16):
@@ -145,10 +144,11 @@ class Trainer:
             saved: dict[str, Any] = torch.load(
                 path, map_location=self._batches.device, weights_only=True
             )
+            before = saved["train_config"]
         except Exception as error:
-            raise ValueError(f"{path} is not a training checkpoint: {error}") from error
-        if saved["train_config"] != self._identity():
-            before, now = saved["train_config"], self._identity()
+            raise ValueError(f"{path} is not a training checkpoint: {error!r}") from error
+        now = self._identity()
+        if before != now:
             changed = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v}
             raise ValueError(f"{path} was trained with other settings (then, now): {changed}")
         self.step = saved["step"]
