@@ -113,6 +113,8 @@ class Train:
     """Frames a step."""
     learning_rate: float = 5e-4
     """The highest learning rate."""
+    start: str | None = None
+    """Go on from the weights of this checkpoint, or "nano", in place of random ones."""
     minutes: float | None = None
     """Stop after this long, to be resumed."""
     device: str | None = None

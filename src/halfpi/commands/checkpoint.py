@@ -59,7 +59,7 @@ def infer(options: Infer) -> None:
         print_json({"actions": chunk.actions.tolist(), **dataclasses.asdict(chunk.times)})
         return
     for action in chunk.actions:
-        output.print(" ".join(f"{value:+.4f}" for value in action), highlight=False)
+        output.print(" ".join(f"{value:+.4f}" for value in action), soft_wrap=True, highlight=False)
 
 
 def policy_of(options: Run) -> Policy:

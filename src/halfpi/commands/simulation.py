@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def demo(options: Demo) -> None:
     """Play the demo in simulation, or on recorded frames where nothing can be rendered."""
     tasks = select(options.tasks)
+    if not tasks or options.episodes < 1:
+        raise ValueError("nothing to play: no task, or no episodes")
     policy = _load(options)
     config = EvalConfig(
         options.policy, options.num_steps, options.execute, precision=options.precision

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfpi.checkpoints import save_model
+from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint, save_model
 from halfpi.commands.console import notes, track
 from halfpi.config import PRESETS, ProcessingConfig, processing_from_json, to_json
+from halfpi.policy import NANO
 from halfpi.processing.tokenizer import load_tokenizer
 from halfpi.sim.record import EPISODES_PER_SHARD, RecordConfig
 from halfpi.sim.record import record as record_all
@@ -48,10 +49,17 @@ def train(options: Train) -> None:
         (s for t in TASKS.values() for s in t.sentences), config.vocab_size
     )
     vocabulary.save(str(tokenizer), pretty=False)
-    processing = _processing(options.output / "processing.json", data)
+    source = (
+        None
+        if options.start is None
+        else open_checkpoint(NANO if options.start == "nano" else options.start)
+    )
+    config = config if source is None else source.config
+    processing = _processing(options.output / "processing.json", data, source)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batches = Batches(data, processing, load_tokenizer(tokenizer), device)
-    trainer = Trainer(config, _train_config(options), batches, number_tokens(vocabulary))
+    start = None if source is None else load_model(source)
+    trainer = Trainer(config, _train_config(options), batches, number_tokens(vocabulary), start)
     state = options.output / "state.pt"
     if state.exists():
         trainer.resume(state)
@@ -69,11 +77,11 @@ def train(options: Train) -> None:
     notes.print(f"wrote {target}")
 
 
-def _processing(path: Path, data: Demonstrations) -> ProcessingConfig:
+def _processing(path: Path, data: Demonstrations, source: Checkpoint | None) -> ProcessingConfig:
     """The processing of the first run: recordings may grow, a model knows one set of statistics."""
     if path.exists():
         return processing_from_json(json.loads(path.read_text()))
-    processing = data.processing(PRESETS["nano"])
+    processing = data.processing(PRESETS["nano"]) if source is None else source.processing
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(to_json(processing)))
     temporary.rename(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +34,14 @@ def play(
     """
     directory.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        environment = MetaWorldEnvironment(task, policy.processor.config.image_size)
-        for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + episodes):
-            seen: list[Observation] = []
-            episode = play_episode(policy, environment, seed, config, watch=seen.append)
-            sheet = directory / f"{task.name}-{seed}.png"
-            contact_sheet(seen).save(sheet)
-            yield episode, sheet
-        environment.close()
+        size = policy.processor.config.image_size
+        with closing(MetaWorldEnvironment(task, size)) as environment:
+            for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + episodes):
+                seen: list[Observation] = []
+                episode = play_episode(policy, environment, seed, config, watch=seen.append)
+                sheet = directory / f"{task.name}-{seed}.png"
+                contact_sheet(seen).save(sheet)
+                yield episode, sheet
 
 
 def contact_sheet(observations: list[Observation]) -> Image.Image:

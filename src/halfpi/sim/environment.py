@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -79,35 +80,18 @@ class MetaWorldEnvironment:
 
     def expert_chunk(self, horizon: int) -> NDArray[np.float32]:
         """The expert's next actions (horizon, 4), played on a copy of the present state."""
-        saved = self._save()
+        # The copy holds all that MuJoCo derives from the state, too: some of it lags a substep
+        # behind, and what is derived anew would differ in the last bits.
+        present = self._env.data, self._full_state, self._env._prev_obs.copy()
+        self._env.data = copy.copy(self._env.data)
         chunk = np.empty((horizon, ACTION_DIM), np.float32)
         for step in range(horizon):
             chunk[step] = self.expert_action()
             self.act(chunk[step])
-        self._restore(saved)
+        self._env.data, self._full_state, self._env._prev_obs = present
         return chunk
 
     def close(self) -> None:
         """Free the renderer."""
         self._renderer.close()
         self._env.close()
-
-    def _save(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        import mujoco
-
-        everything = mujoco.mjtState.mjSTATE_INTEGRATION
-        physics = np.empty(mujoco.mj_stateSize(self._env.model, everything))
-        mujoco.mj_getState(self._env.model, self._env.data, physics, everything)
-        return physics, self._full_state.copy(), self._env._prev_obs.copy()
-
-    def _restore(
-        self, saved: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
-    ) -> None:
-        import mujoco
-
-        physics, self._full_state, self._env._prev_obs = saved
-        everything = mujoco.mjtState.mjSTATE_INTEGRATION
-        mujoco.mj_setState(self._env.model, self._env.data, physics, everything)
-        mujoco.mj_forward(self._env.model, self._env.data)
-        for name, position in self._env._target_site_config:
-            self._env._set_pos_site(name, position)

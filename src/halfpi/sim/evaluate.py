@@ -43,6 +43,11 @@ class EvalConfig:
     max_steps: int = MAX_STEPS
     precision: Precision = "fp32"
 
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "execute", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -69,7 +74,12 @@ def play_episode(
     prompt: str | None = None,
     watch: Callable[[Observation], None] | None = None,
 ) -> Episode:
-    """Play the episode of `seed`; `watch` is shown every observation that the policy sees."""
+    """Play the episode of `seed`; `watch` is shown every observation that the policy sees.
+
+    Raises ValueError if `config` executes more actions of a chunk than the policy gives.
+    """
+    if config.execute > policy.horizon:
+        raise ValueError(f"execute must be at most {policy.horizon}, got {config.execute}")
     environment.reset(seed)
     policy.reseed(seed)
     prompt = environment.task.instruction if prompt is None else prompt

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from halfpi.sim.environment import ACTION_DIM, MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.rendering import CAMERAS
-from halfpi.sim.tasks import TASKS, Task
+from halfpi.sim.tasks import FULFILLED_AT_START, TASKS, Task
 
 EPISODES_PER_SHARD = 10
 # Evaluation draws its seeds from here on, recording from zero: the two never meet.
 HELD_OUT_SEED = 1_000_000
 STEPS_AFTER_SUCCESS = 8
+FULFILLED_STEPS = 24
+FULFILLED = ".fulfilled"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Frames:
         """Read what `save` wrote; raises ValueError that names a file which is none."""
         names = [field.name for field in dataclasses.fields(cls)]
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 return cls(**{name: data[name] for name in names})
         except Exception as error:  # zipfile, numpy and OS errors alike
             raise ValueError(f"{path} is not a recording by 'halfpi record': {error}") from error
@@ -125,10 +127,9 @@ def record_episode(
     environment.reset(seed)
     for step, action in enumerate(actions):
         if step % config.stride == 0:
-            rows.append(_frame(environment, config.horizon))
+            rows.append(_frame(environment, environment.expert_chunk(config.horizon)))
         environment.act(action)
-    images, states, chunks, full_states = (np.stack(rows) for rows in zip(*rows, strict=True))
-    return Frames(images, states, chunks, full_states, np.full(len(states), seed, np.int64))
+    return _stacked(rows, seed)
 
 
 def _solve(
@@ -148,28 +149,55 @@ def _solve(
     return None
 
 
+def record_fulfilled(environment: MetaWorldEnvironment, seed: int, config: RecordConfig) -> Frames:
+    """Frames of a scene in which there is nothing to do: every label is to keep still.
+
+    A first burst moves the hand, as in a demonstration, so that it may be anywhere near its start.
+    """
+    still = np.array([0, 0, 0, -1], np.float32)
+    noise = burst_noise(
+        dataclasses.replace(config.bursts, chance=0), FULFILLED_STEPS, np.random.default_rng(seed)
+    )
+    rows: list[tuple[NDArray[Any], ...]] = []
+    environment.reset(seed)
+    for step, push in enumerate(noise):
+        if step % config.stride == 0:
+            rows.append(_frame(environment, np.tile(still, (config.horizon, 1))))
+        environment.act(still if push is None else np.append(push[:3], still[3]))
+    return _stacked(rows, seed)
+
+
 def record_moment(environment: MetaWorldEnvironment, seed: int, step: int, horizon: int) -> Frames:
     """One frame, after `step` steps of the undisturbed expert."""
     environment.reset(seed)
     for _ in range(step):
         environment.act(environment.expert_action())
-    images, state, chunk, full_state = (array[None] for array in _frame(environment, horizon))
-    return Frames(images, state, chunk, full_state, np.array([seed]))
+    return _stacked([_frame(environment, environment.expert_chunk(horizon))], seed)
 
 
-def _frame(environment: MetaWorldEnvironment, horizon: int) -> tuple[NDArray[Any], ...]:
+def _stacked(rows: list[tuple[NDArray[Any], ...]], seed: int) -> Frames:
+    images, states, chunks, full_states = (np.stack(rows) for rows in zip(*rows, strict=True))
+    return Frames(images, states, chunks, full_states, np.full(len(states), seed, np.int64))
+
+
+def _frame(
+    environment: MetaWorldEnvironment, chunk: NDArray[np.float32]
+) -> tuple[NDArray[Any], ...]:
     observation = environment.observe()
     return (
         np.stack([observation.images[name] for name in CAMERAS]),
         observation.state,
-        environment.expert_chunk(horizon),
+        chunk,
         environment.full_state.astype(np.float32),
     )
 
 
 @dataclass(frozen=True)
 class _Shard:
+    """Ten seeds of `scene`, where `task` is asked for, which may be done there already."""
+
     task: Task
+    scene: Task
     first_seed: int
     path: Path
     config: RecordConfig
@@ -184,14 +212,21 @@ def record(
 ) -> Iterator[tuple[Path, int, int]]:
     """Record `episodes` seeds of each task in parallel; yields (shard, solved episodes, frames).
 
-    A shard that is there already is kept, so an interrupted recording goes on where it stopped.
-    Demonstrations that the expert did not finish are left out.
+    A task that can be found done already is recorded as such too, on as many seeds. A shard that is
+    there already is kept, so an interrupted recording goes on where it stopped. Demonstrations that
+    the expert did not finish are left out.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shards = [
-        _Shard(task, first, directory / f"{task.name}-{first:06d}.npz", config)
-        for first in range(0, episodes, EPISODES_PER_SHARD)
+    scenes = [(task, task, task.name) for task in tasks]
+    scenes += [
+        (task, TASKS[FULFILLED_AT_START[task.name]], task.name + FULFILLED)
         for task in tasks
+        if task.name in FULFILLED_AT_START
+    ]
+    shards = [
+        _Shard(task, scene, first, directory / f"{name}-{first:06d}.npz", config)
+        for first in range(0, episodes, EPISODES_PER_SHARD)
+        for task, scene, name in scenes
     ]
     missing = [shard for shard in shards if not shard.path.exists()]
     if not missing:
@@ -205,15 +240,13 @@ _environments: dict[tuple[str, int], MetaWorldEnvironment] = {}
 
 
 def _record_shard(shard: _Shard) -> tuple[Path, int, int]:
-    key = (shard.task.name, shard.config.image_size)
+    key = (shard.scene.name, shard.config.image_size)
     if key not in _environments:
-        _environments[key] = MetaWorldEnvironment(shard.task, shard.config.image_size)
+        _environments[key] = MetaWorldEnvironment(shard.scene, shard.config.image_size)
     seeds = range(shard.first_seed, shard.first_seed + EPISODES_PER_SHARD)
-    episodes = [
-        episode
-        for seed in seeds
-        if (episode := record_episode(_environments[key], seed, shard.config)) is not None
-    ]
+    play = record_episode if shard.scene == shard.task else record_fulfilled
+    played = (play(_environments[key], seed, shard.config) for seed in seeds)
+    episodes = [episode for episode in played if episode is not None]
     if not episodes:
         raise RuntimeError(f"the expert solved none of the seeds {seeds} of {shard.task.name}")
     frames = Frames.concatenate(episodes)
@@ -225,7 +258,7 @@ def load_recordings(directory: Path) -> dict[str, list[Path]]:
     """The shards in `directory` by task; raises ValueError on none, or one of no known task."""
     shards: dict[str, list[Path]] = {}
     for path in sorted(directory.glob("*.npz")):
-        task = path.stem.rsplit("-", 1)[0]
+        task = path.stem.rsplit("-", 1)[0].removesuffix(FULFILLED)
         if task not in TASKS:
             raise ValueError(f"{path} is of no known task")
         shards.setdefault(task, []).append(path)

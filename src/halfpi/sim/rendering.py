@@ -20,15 +20,20 @@ WRIST_CAMERA = "gripperPOV"
 CAMERAS = ("scene", "wrist")
 
 
-class RenderingUnavailableError(RuntimeError):
+class RenderingUnavailableError(OSError):
     """No headless OpenGL could be had; the message says which system package brings it."""
 
     def __init__(self, reason: str) -> None:
+        self._reason = reason
         super().__init__(
             f"headless OpenGL is not available ({reason}); on Debian or Ubuntu install it with "
             "'apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0', "
             "or 'apt-get install libosmesa6'"
         )
+
+    def __reduce__(self) -> tuple[type[RenderingUnavailableError], tuple[str]]:
+        # As it crosses processes it is built anew, from the reason and not from the whole message.
+        return type(self), (self._reason,)
 
 
 def choose_gl() -> str:

@@ -112,14 +112,19 @@ class Batches:
         return self._located.shape[1]
 
     def steps(self, first: int, end: int, size: int, seed: int) -> Iterator[Batch]:
-        """The batches of steps `first` to `end`, each of `size` frames."""
+        """The batches of steps `first` to `end`, each of `size` frames.
+
+        Seeds torch for every step: its augmentation and the noise of its update follow from `seed`
+        and the step's number alone, as a resumed training needs.
+        """
         loader: DataLoader[Prompts] = DataLoader(
             self._prompts(size, seed),
             sampler=range(first, end),
             batch_size=None,
             num_workers=max(1, min(WORKERS, (os.cpu_count() or 1) - 2)),
         )
-        for rows, tokens, token_mask in loader:
+        for step, (rows, tokens, token_mask) in enumerate(loader, first):
+            torch.manual_seed((seed << 32) + step)
             chosen = rows.to(self.device)
             images = self._images[chosen].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
             yield Batch(

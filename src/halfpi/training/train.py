@@ -56,7 +56,11 @@ class Progress:
 
 
 class Trainer:
-    """Holds what changes while training; `averaged` is the model to use afterwards."""
+    """Holds what changes while training; `averaged` is the model to use afterwards.
+
+    number_tokens: the token of each state bin. start: a model of `model_config` to go on from, in
+    place of random weights.
+    """
 
     def __init__(
         self,
@@ -64,13 +68,15 @@ class Trainer:
         config: TrainConfig,
         batches: Batches,
         number_tokens: Mapping[int, int],
+        start: Pi05 | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self._config = config
         self._batches = batches
-        model = Pi05(model_config)
-        _initialise_numbers(model.prefix.embed.weight, number_tokens)
-        self.model = model.to(batches.device)
+        if start is None:
+            start = Pi05(model_config)
+            _initialise_numbers(start.prefix.embed.weight, number_tokens)
+        self.model = start.to(batches.device).requires_grad_(True)
         self.averaged = copy.deepcopy(self.model)
         tokens = batches.cameras * model_config.tokens_per_image
         self._head = AuxiliaryHead(tokens, model_config.prefix_width, batches.located)
@@ -105,7 +111,6 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """One update; returns the two losses (2,), on the device."""
         config = self._config
-        torch.manual_seed((config.seed << 32) + self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * rate_factor(self.step, config)
         with torch.autocast(self._batches.device.type, torch.bfloat16):
@@ -145,10 +150,11 @@ class Trainer:
             saved: dict[str, Any] = torch.load(
                 path, map_location=self._batches.device, weights_only=True
             )
+            before = saved["train_config"]
         except Exception as error:
-            raise ValueError(f"{path} is not a training checkpoint: {error}") from error
-        if saved["train_config"] != self._identity():
-            before, now = saved["train_config"], self._identity()
+            raise ValueError(f"{path} is not a training checkpoint: {error!r}") from error
+        now = self._identity()
+        if before != now:
             changed = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v}
             raise ValueError(f"{path} was trained with other settings (then, now): {changed}")
         self.step = saved["step"]
