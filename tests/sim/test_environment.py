@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
+from tests.sim.conftest import SIZE, MakeEnvironment
 
 from halfpi.sim.environment import ACTION_DIM, MAX_STEPS, STATE_DIM, MetaWorldEnvironment
 from halfpi.sim.rendering import CAMERAS
-from tests.sim.conftest import SIZE, MakeEnvironment
 
 Moment = list[NDArray[Any]]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
+from tests.sim.conftest import SIZE
 
 from halfpi.sim import record as recording
 from halfpi.sim.environment import MAX_STEPS, MetaWorldEnvironment
@@ -24,7 +25,6 @@ from halfpi.sim.record import (
     record_episode,
 )
 from halfpi.sim.tasks import select
-from tests.sim.conftest import SIZE
 
 CONFIG = RecordConfig(SIZE, horizon=6, stride=8, bursts=BurstConfig(start_chance=1, chance=0.2))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.conftest import TINY
 
 from halfpi.config import Pi05Config
 from halfpi.processing.tokenizer import Tokenizer, load_tokenizer
@@ -15,7 +16,6 @@ from halfpi.sim.record import Frames
 from halfpi.sim.tasks import TASKS
 from halfpi.training.data import Batches, Demonstrations
 from halfpi.training.tokenizer import train_tokenizer
-from tests.conftest import TINY
 
 CONFIG: Pi05Config = dataclasses.replace(TINY, action_dim=4, vocab_size=832, max_prompt_tokens=64)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from tests.training.conftest import CONFIG
 
 from halfpi.sim.tasks import TASKS
 from halfpi.training.data import (
@@ -22,7 +23,6 @@ from halfpi.training.data import (
     augment,
 )
 from halfpi.training.loss import Batch
-from tests.training.conftest import CONFIG
 
 
 def assert_same(first: Batch, second: Batch) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import CONFIG
 
 from halfpi.training.data import Batches
 from halfpi.training.train import TrainConfig, Trainer, rate_factor
-from tests.training.conftest import CONFIG
 
 TRAIN = TrainConfig(
     steps=6,
