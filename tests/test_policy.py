@@ -163,7 +163,7 @@ def test_a_checkpoint_without_statistics_is_refused(
     random_pi05: Callable[..., Pi05], tmp_path: Path
 ) -> None:
     path = save_tiny(random_pi05(), tmp_path / "policy")
-    with pytest.raises(ValueError, match="no normalisation statistics of the state.*overrides"):
+    with pytest.raises(ValueError, match=r"no normalisation statistics of the state.*overrides"):
         load_policy(path, device="cpu")
     stats = FeatureStats(q01=(0.0,) * 6, q99=(1.0,) * 6)
     half = save_tiny(random_pi05(), tmp_path / "half", state_stats=stats)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from halfpi import cli
 from halfpi.policy import Policy, load_policy
-from halfpi.sim import demo, environment, rendering
+from halfpi.sim import demo, environment
 from halfpi.sim.environment import MetaWorldEnvironment
+from halfpi.sim.evaluate import EvalConfig
 from halfpi.sim.record import HELD_OUT_SEED, Frames
 from halfpi.sim.rendering import RenderingUnavailableError, choose_gl
 from halfpi.sim.tasks import TASKS
@@ -61,7 +62,7 @@ def test_a_contact_sheet_has_a_column_a_call_and_a_row_a_camera(count: int, colu
 def test_an_episode_comes_with_its_sheet(
     environment: MetaWorldEnvironment, policy: Policy, tmp_path: Path
 ) -> None:
-    config = demo.EvalConfig(num_steps=2, max_steps=16)
+    config = EvalConfig(num_steps=2, max_steps=16)
     ((episode, sheet),) = demo.play(policy, [environment.task], 1, config, tmp_path / "new")
     assert episode.seed == HELD_OUT_SEED
     assert sheet == tmp_path / "new" / f"window-close-{HELD_OUT_SEED}.png"
@@ -136,9 +137,7 @@ def test_the_first_complete_backend_is_chosen(
 ) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})  # what is chosen here stays here
     os.environ.pop("MUJOCO_GL", None)
-    monkeypatch.setattr(
-        rendering.ctypes.util, "find_library", lambda name: name if name in found else None
-    )
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: name if name in found else None)
     assert choose_gl() == os.environ["MUJOCO_GL"] == backend
 
 

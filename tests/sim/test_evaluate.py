@@ -75,7 +75,7 @@ def test_the_watcher_sees_every_call(environment: MetaWorldEnvironment, policy: 
 @pytest.mark.parametrize("name", ["num_steps", "execute", "max_steps"])
 def test_a_configuration_that_plays_nothing_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        EvalConfig(**{name: 0})
+        dataclasses.replace(CONFIG, **{name: 0})
 
 
 def test_more_actions_than_a_chunk_has_are_an_error(
