@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+from typing import Any
 
 import pytest
 
@@ -74,8 +75,9 @@ def test_the_watcher_sees_every_call(environment: MetaWorldEnvironment, policy: 
 
 @pytest.mark.parametrize("name", ["num_steps", "execute", "max_steps"])
 def test_a_configuration_that_plays_nothing_is_an_error(name: str) -> None:
+    changes: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        dataclasses.replace(CONFIG, **{name: 0})
+        dataclasses.replace(CONFIG, **changes)
 
 
 def test_more_actions_than_a_chunk_has_are_an_error(
