@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def bursts(config: BurstConfig, seed: int) -> list[tuple[int, int, NDArray[np.fl
 
 def test_a_burst_holds_one_push_for_its_length() -> None:
     config = BurstConfig(start_chance=0.5, start_steps=20, chance=0.05, steps=8)
-    first, later = [], []
+    first: list[int] = []
+    later: list[int] = []
     for seed in range(100):
         for start, length, push in bursts(config, seed):
             (later if start else first).append(length)
@@ -162,7 +164,7 @@ def test_a_damaged_recording_is_named(tmp_path: Path) -> None:
     path = tmp_path / "push-000000.npz"
     frames_of(2).save(path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="push-000000.npz is not a recording by 'halfpi record'"):
+    with pytest.raises(ValueError, match=r"push-000000\.npz is not a recording by 'halfpi record'"):
         Frames.load(path)
 
 
@@ -175,7 +177,8 @@ def test_a_foreign_file_is_named(tmp_path: Path, kind: str) -> None:
         np.savez(path, images=np.zeros(3))
     if kind == "pickled":
         names = [field.name for field in dataclasses.fields(Frames)]
-        np.savez(path, **{name: np.array([{}], dtype=object) for name in names})
+        arrays: dict[str, Any] = {name: np.array([{}], dtype=object) for name in names}
+        np.savez(path, **arrays)
     with pytest.raises(ValueError, match=r"x\.npz is not a recording"):
         Frames.load(path)
 
@@ -194,7 +197,7 @@ def test_a_directory_without_recordings_is_an_error(tmp_path: Path) -> None:
 
 def test_a_recording_of_another_task_is_an_error(tmp_path: Path) -> None:
     frames_of(1).save(tmp_path / "juggle-000000.npz")
-    with pytest.raises(ValueError, match="juggle-000000.npz is of no known task"):
+    with pytest.raises(ValueError, match=r"juggle-000000\.npz is of no known task"):
         load_recordings(tmp_path)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.table import Table
 
 from halfpi import checkpoints
@@ -113,8 +113,8 @@ def _read_image(file: str) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError) as error:  # Pillow's for a missing, foreign or damaged file
+        raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
 
 def _processing_rows(processing: ProcessingConfig) -> dict[str, object]:
