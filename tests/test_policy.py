@@ -180,7 +180,7 @@ def test_a_checkpoint_without_statistics_is_refused(
         ({"processing_overrides": {"resise": "pil"}}, "resise"),
         ({"depht": 3}, "depht"),
         ({"depth": 3}, "depth"),
-        ({"dtype": "float16"}, "float16"),
+        ({"precision": "fp16"}, "fp16"),
         ({"num_steps": 0}, "num_steps"),
         ({"tokenizer": "nowhere/tokenizer.json"}, "nowhere/tokenizer.json"),
     ],
@@ -195,8 +195,8 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         load_policy(tmp_path / "nothing-here")
 
 
-def test_bfloat16_is_close_to_float32(policy: Policy) -> None:
-    narrow = load_policy("nano", device="cpu", dtype="bfloat16", num_steps=2)
+def test_bf16_is_close_to_fp32(policy: Policy) -> None:
+    narrow = load_policy("nano", device="cpu", precision="bf16", num_steps=2)
     assert narrow.engine.model.dtype == torch.bfloat16
     one, other = (p.infer(observation(), noise=noise()).normalized for p in (policy, narrow))
     assert 0 < np.abs(one - other).max() < 0.2

@@ -51,7 +51,7 @@ def test_eval_prints_json_and_writes_it(
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(path.read_text())
     assert [entry["config"]["num_steps"] for entry in printed] == [2, 4]
-    assert [entry["mean_success"] for entry in printed] == [0.5, 1.0]
+    assert [entry["means"]["mean"] for entry in printed] == [0.5, 1.0]
     assert [*printed[0]["tasks"]] == ["door-open", "push"]
     assert played == [EvalConfig(num_steps=2), EvalConfig(num_steps=4)]
 

@@ -19,7 +19,7 @@ from halfpi.sim.environment import MetaWorldEnvironment
 from halfpi.sim.evaluate import EvalConfig
 from halfpi.sim.record import HELD_OUT_SEED, Frames
 from halfpi.sim.rendering import RenderingUnavailableError, choose_gl
-from halfpi.sim.tasks import TASKS
+from halfpi.sim.tasks import PRECISE, TASKS
 from halfpi.types import Observation
 
 
@@ -31,21 +31,6 @@ def policy() -> Policy:
 def observation(brightness: int) -> Observation:
     image = np.full((112, 112, 3), brightness, np.uint8)
     return Observation({"scene": image, "wrist": 255 - image}, np.zeros(4, np.float32))
-
-
-@pytest.fixture
-def recorded(tmp_path: Path) -> Path:
-    """A frame a task, as they ship with nano."""
-    count, generator = len(TASKS), np.random.default_rng(0)
-    path = tmp_path / "frames.npz"
-    Frames(
-        images=generator.integers(0, 256, (count, 2, 112, 112, 3), np.uint8),
-        states=np.tile(np.array([0.0, 0.6, 0.2, 1.0], np.float32), (count, 1)),
-        chunks=generator.uniform(-1, 1, (count, 16, 4)).astype(np.float32),
-        full_states=np.zeros((count, 39), np.float32),
-        episodes=np.arange(count),
-    ).save(path)
-    return path
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 5), (12, 12), (40, 12)])
@@ -70,16 +55,18 @@ def test_an_episode_comes_with_its_sheet(
         assert image.size == (2 * 112, 2 * 112)
 
 
-def test_recorded_frames_are_compared_with_the_expert(policy: Policy, recorded: Path) -> None:
+def test_recorded_frames_are_compared_with_the_expert(policy: Policy) -> None:
     policy.reseed(0)
-    results = list(demo.play_frames(policy, recorded))
-    assert [result.task for result in results] == [*TASKS]
-    frames = Frames.load(recorded)
+    results = list(demo.play_frames(policy))
+    assert [result.task for result in results] == [*PRECISE]
+    frames = Frames.load(demo.RECORDED_FRAMES)
     images = dict(zip(("scene", "wrist"), frames.images[0], strict=True))
     policy.reseed(0)
-    sentence = next(iter(TASKS.values())).instruction
+    sentence = TASKS[PRECISE[0]].instruction
     actions = policy.infer(Observation(images, frames.states[0], sentence)).actions
     error = np.abs(actions.clip(-1, 1) - frames.chunks[0]).mean()
+    # The policy and the expert agree: full scale is 2.
+    assert all(result.action_error < 0.15 for result in results)
     assert results[0].action_error == pytest.approx(float(error), abs=1e-6)
     assert all(result.times.total_ms > 0 for result in results)
 
@@ -98,7 +85,6 @@ def fail_to_render(*_: object) -> None:
 def test_without_rendering_the_demo_runs_on_recorded_frames(
     name: str,
     failure: object,
-    recorded: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -109,12 +95,11 @@ def test_without_rendering_the_demo_runs_on_recorded_frames(
         except RenderingUnavailableError as error:
             pytest.skip(str(error))
     monkeypatch.setattr(environment, name, failure)
-    monkeypatch.setattr(demo.play_frames, "__defaults__", (recorded,))
     output = ["--output", str(tmp_path / "sheets")]
     monkeypatch.setattr(sys, "argv", ["halfpi", "demo", "--num-steps", "1", "--json", *output])
     cli.main()
     printed = capsys.readouterr()
-    assert [row["task"] for row in json.loads(printed.out)["recorded_frames"]] == [*TASKS]
+    assert [row["task"] for row in json.loads(printed.out)["recorded_frames"]] == [*PRECISE]
     notes = " ".join(printed.err.split())
     assert "apt-get install libegl1" in notes
     assert "recorded frames instead" in notes

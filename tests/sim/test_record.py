@@ -16,6 +16,7 @@ from halfpi.sim import record as recording
 from halfpi.sim.environment import MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.record import (
     EPISODES_PER_SHARD,
+    FULFILLED_STEPS,
     HELD_OUT_SEED,
     BurstConfig,
     Frames,
@@ -24,6 +25,7 @@ from halfpi.sim.record import (
     load_recordings,
     record,
     record_episode,
+    record_fulfilled,
 )
 from halfpi.sim.tasks import select
 
@@ -204,13 +206,13 @@ def test_a_recording_of_another_task_is_an_error(tmp_path: Path) -> None:
 def test_recording_goes_on_where_it_stopped(
     environment: MetaWorldEnvironment, tmp_path: Path
 ) -> None:
-    tasks = select(["window-close"])
+    tasks = select(["handle-press"])
     config = dataclasses.replace(CONFIG, stride=50)
-    ready = tmp_path / "window-close-000000.npz"
+    ready = tmp_path / "handle-press-000000.npz"
     frames_of(1, seed=5).save(ready)
     before = ready.read_bytes()
     made = list(record(tasks, 2 * EPISODES_PER_SHARD, tmp_path, config, workers=1))
-    assert [path.name for path, _, _ in made] == ["window-close-000010.npz"]
+    assert [path.name for path, _, _ in made] == ["handle-press-000010.npz"]
     assert ready.read_bytes() == before
     path, solved, count = made[0]
     frames = Frames.load(path)
@@ -222,3 +224,26 @@ def test_recording_goes_on_where_it_stopped(
     assert frames.chunks.shape[1:] == (CONFIG.horizon, 4)
     assert [*record(tasks, 2 * EPISODES_PER_SHARD, tmp_path, config)] == []
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_what_is_done_already_is_recorded_as_keeping_still(
+    environment: MetaWorldEnvironment,
+) -> None:
+    frames = record_fulfilled(environment, 3, CONFIG)
+    assert len(frames.states) == FULFILLED_STEPS // CONFIG.stride
+    assert (frames.chunks == np.array([0, 0, 0, -1], np.float32)).all()
+    # The first burst, certain in this configuration, has moved the hand and then let it rest.
+    assert np.abs(frames.states[1, :3] - frames.states[0, :3]).max() > 0.005
+    again = record_fulfilled(environment, 3, CONFIG)
+    np.testing.assert_array_equal(again.images, frames.images)
+
+
+def test_a_scene_that_is_done_belongs_to_the_task_that_is_asked_for(
+    environment: MetaWorldEnvironment, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, stride=100)
+    made = record(select(["window-open"]), EPISODES_PER_SHARD, tmp_path, config, workers=1)
+    names = sorted(path.name for path, _, _ in made)
+    assert names == ["window-open-000000.npz", "window-open.fulfilled-000000.npz"]
+    assert [*load_recordings(tmp_path)] == ["window-open"]
+    assert len(load_recordings(tmp_path)["window-open"]) == 2

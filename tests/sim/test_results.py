@@ -12,7 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from halfpi.sim.evaluate import Episode, EvalConfig
-from halfpi.sim.results import Setting, comparison_table, save_summaries, setting_table
+from halfpi.sim.results import (
+    Setting,
+    comparison_table,
+    save_summaries,
+    speed_table,
+    success_table,
+)
 from halfpi.types import StageTimes
 
 
@@ -45,8 +51,7 @@ def test_a_summary_holds_the_figures_of_every_task() -> None:
     summary = FIRST.summary()
     assert json.loads(json.dumps(summary)) == json.loads(json.dumps(summary))
     assert summary["config"] == dataclasses.asdict(FIRST.config)
-    assert summary["mean_success"] == 0.75
-    assert summary["mean_success_precise"] == 0.5  # push alone is precise
+    assert summary["means"] == {"mean": 0.75, "mean, precise": 0.5}  # push alone is precise
     assert summary["median_ms"]["vision_ms"] == 17.0  # of 10 12 12 14 20 22 22 24
     assert summary["median_ms"]["total_ms"] == 25.0
     assert [*summary["tasks"]] == ["door-open", "push"]
@@ -61,9 +66,10 @@ def test_a_task_that_was_never_solved_has_no_steps() -> None:
     setting = Setting(EvalConfig(), (episode("door-open", 1, False, 300, 1.0),))
     summary = setting.summary()
     assert summary["tasks"]["door-open"]["median_steps"] is None
-    assert summary["mean_success_precise"] is None
-    assert "–" in text_of(setting_table(setting))
-    assert "precise" not in text_of(setting_table(setting))
+    assert [*summary["means"]] == ["mean"]
+    for table in (success_table(setting), speed_table(setting)):
+        assert "–" in text_of(table)
+        assert "precise" not in text_of(table)
 
 
 def test_settings_are_compared_episode_by_episode() -> None:
@@ -75,12 +81,13 @@ def test_settings_are_compared_episode_by_episode() -> None:
 
 
 def test_tables_show_what_the_summary_says() -> None:
-    text = text_of(setting_table(FIRST))
+    text = text_of(success_table(FIRST))
     for cell in ("door-open", "2/2", "1/2", "0.150", "75.0 %", "50.0 %", "mean, precise"):
         assert cell in text
     # Four actions a call of 8 ms + 11 … 14 ms of vision: 4000 / 20 = 200 Hz on push.
-    (push,) = (line for line in text.splitlines() if line.split()[1:2] == ["push"])
-    assert "200" in push
+    speed = text_of(speed_table(FIRST))
+    (push,) = (line.split() for line in speed.splitlines() if line.split()[:1] == ["push"])
+    assert push == ["push", "1/2", "40", "200", "1.0", "12.0", "3.0", "4.0", "20.0"]
     comparison = text_of(comparison_table([FIRST, SECOND]))
     assert "-25.0" in comparison
     assert "75.0 %" in comparison

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 
-from halfpi.cli import DEMO_TASKS
 from halfpi.processing.prompt import clean_prompt
 from halfpi.sim.rendering import RenderingUnavailableError, choose_gl
 from halfpi.sim.tasks import PRECISE, SHARED_SCENE, TASKS, select
@@ -57,7 +56,6 @@ def test_select_knows_groups() -> None:
     assert [task.name for task in select(["precise"])] == [*PRECISE]
     assert select(["hammer", "precise"])[0].name == "hammer"
     assert len(select(["precise", "all"])) == len(TASKS)
-    assert [task.name for task in select(DEMO_TASKS)] == [*DEMO_TASKS]
 
 
 @pytest.mark.parametrize("name", ["", "drawer-open-v3", "Push", "PRECISE"])
