@@ -73,7 +73,7 @@ class Sleeper:
         self._infer_ms = infer_ms
 
     def run(
-        self, _inputs: ModelInputs, noise: torch.Tensor, _steps: int, _given: torch.Tensor | None
+        self, _inputs: ModelInputs, noise: torch.Tensor, *_: object
     ) -> tuple[torch.Tensor, StageTimes]:
         time.sleep(self._infer_ms / 1000)
         return noise, StageTimes(denoise_ms=self._infer_ms)

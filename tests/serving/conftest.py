@@ -76,8 +76,7 @@ class StubEngine:
         self,
         inputs: ModelInputs,
         noise: torch.Tensor,
-        num_steps: int,
-        given: torch.Tensor | None = None,
+        *_: object,
     ) -> tuple[torch.Tensor, StageTimes]:
         actions = torch.full(noise.shape, self.act(inputs))
         return actions, StageTimes(vision_ms=1.0, prefill_ms=2.0, denoise_ms=4.0)
