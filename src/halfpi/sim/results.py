@@ -115,7 +115,7 @@ def speed_table(setting: Setting) -> Table:
 def _table(setting: Setting, columns: Sequence[str]) -> Table:
     config = setting.config
     title = f"{config.policy}, {config.num_steps} Euler steps, {config.execute} actions a call"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("task", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
