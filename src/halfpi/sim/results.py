@@ -92,9 +92,11 @@ def success_table(setting: Setting) -> Table:
 def speed_table(setting: Setting) -> Table:
     """Task by task: success, steps, control rate, and median milliseconds of each stage."""
     stages = (*STAGES, "total_ms")
-    names = (stage.removesuffix("_ms").replace("processing", "pre/post") for stage in stages)
-    table = _table(setting, ("success", "steps", "Hz", *names))
-    table.caption = "stages in ms a call; Hz: actions executed a second of calls"
+    names = (stage.removesuffix("_ms").replace("processing", "i/o") for stage in stages)
+    table = _table(setting, ("solved", "steps", "Hz", *names))
+    table.caption = (
+        "ms a call (i/o: processing of inputs and actions); Hz: actions a second of calls"
+    )
     groups = {task: [task] for task in setting.tasks} | {"all": setting.tasks}
     for name, tasks in groups.items():
         if name == "all":
