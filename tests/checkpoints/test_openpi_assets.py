@@ -79,6 +79,12 @@ def test_assets_lie_beside_the_parameters(golden: Path, tmp_path: Path, stats: S
     assert open_checkpoint(tmp_path / "params").processing.robot == "droid"
 
 
+def test_a_model_alone_needs_no_horizon(golden: Path) -> None:
+    # Warnings are errors here.
+    model = load_model(golden / "openpi_tiny_orbax_pure")
+    assert model.config.action_dim == 32
+
+
 def test_an_unknown_horizon_is_assumed_aloud(golden: Path) -> None:
     with pytest.warns(UserWarning, match=r"assuming 50, pass horizon=…"):
         checkpoint = open_checkpoint(golden / "openpi_tiny_orbax_pure")

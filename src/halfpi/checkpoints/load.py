@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -27,12 +28,16 @@ def load_model(
     dtype: "float32" or "bfloat16", the working dtype of `Pi05.to_dtype`.
     options: of `open_checkpoint`, when `checkpoint` is a path.
 
-    Memory peaks at the model and one more tensor; no parameter is ever initialised.
+    Memory peaks at the model and one more tensor; no parameter is ever initialised. What
+    `open_checkpoint` assumes of horizon and processing is not warned of.
 
     Raises CheckpointError as `open_checkpoint` and `Checkpoint.tensors` do; ValueError for another
     dtype and for options of a checkpoint that is open already.
     """
-    opened = opened_checkpoint(checkpoint, options)
+    with warnings.catch_warnings():
+        # They are of the horizon and of processing, which the model itself does not use.
+        warnings.simplefilter("ignore", UserWarning)
+        opened = opened_checkpoint(checkpoint, options)
     model = meta_model_in(opened.config, dtype)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     state = {
