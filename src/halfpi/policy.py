@@ -167,7 +167,7 @@ def load_policy(
     `state_norm` and `action_norm` to "identity".
     """
     checkpoint = open_checkpoint(
-        NANO if path == "nano" else path,
+        checkpoint_path(path),
         asset_id=asset_id,
         processing_overrides=processing_overrides,
         **config_overrides,
@@ -177,9 +177,19 @@ def load_policy(
     processor = Processor(
         checkpoint.processing, checkpoint.config.action_dim, load_tokenizer(found)
     )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     model = _model(checkpoint, device, precision)
     return Policy(processor, EagerEngine(model), num_steps=num_steps, seed=seed)
+
+
+def checkpoint_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Where a checkpoint is: "nano" is the one that ships, anything else a directory."""
+    return NANO if path == "nano" else path
+
+
+def default_device() -> str:
+    """CUDA if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model(checkpoint: Checkpoint, device: str, precision: Precision) -> Pi05:

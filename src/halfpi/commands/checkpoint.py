@@ -16,7 +16,7 @@ from rich.table import Table
 from halfpi import checkpoints
 from halfpi.commands.console import notes, output, print_json
 from halfpi.config import ProcessingConfig
-from halfpi.policy import NANO, Policy, load_policy
+from halfpi.policy import Policy, checkpoint_path, load_policy
 from halfpi.types import Observation
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def policy_of(options: Run) -> Policy:
 def open_source(options: Source) -> checkpoints.Checkpoint:
     """The checkpoint that a command's options name, opened."""
     return checkpoints.open_checkpoint(
-        NANO if options.checkpoint == "nano" else options.checkpoint,
+        checkpoint_path(options.checkpoint),
         asset_id=options.asset_id,
         processing_overrides=_fields(options.processing),
         **_fields(options.model),

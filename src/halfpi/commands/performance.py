@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from halfpi.checkpoints import load_model
 from halfpi.commands.checkpoint import open_source
 from halfpi.commands.console import notes, output
@@ -15,7 +13,7 @@ from halfpi.perf.bench import bench_stages, report
 from halfpi.perf.cases import Case
 from halfpi.perf.records import append_record
 from halfpi.perf.synthetic import random_model
-from halfpi.policy import DTYPES
+from halfpi.policy import DTYPES, default_device
 
 if TYPE_CHECKING:
     from halfpi.cli import Bench
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 def bench(options: Bench) -> None:
     """Time the stages, print the report, and append the record if asked to."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or default_device()
     model = _model(options, device)
     case = Case(
         model=options.checkpoint,

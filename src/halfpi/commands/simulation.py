@@ -28,7 +28,7 @@ def demo(options: Demo) -> None:
     tasks = select(options.tasks)
     if not tasks or options.episodes < 1:
         raise ValueError("nothing to play: no task, or no episodes")
-    policy = _load(options)
+    policy = load_policy(options.policy, num_steps=options.num_steps, precision=options.precision)
     config = EvalConfig(
         options.policy, options.num_steps, options.execute, precision=options.precision
     )
@@ -38,7 +38,7 @@ def demo(options: Demo) -> None:
         results = list(track(played, "episodes", len(tasks) * options.episodes))
     except RenderingUnavailableError as error:
         notes.print(f"[yellow]{error}.[/] Running on recorded frames instead, without simulation.")
-        _demo_on_frames(options)
+        _demo_on_frames(policy, options.json)
         return
     setting = Setting(config, tuple(episode for episode, _ in results))
     if options.json:
@@ -48,13 +48,9 @@ def demo(options: Demo) -> None:
     output.print(f"What the cameras saw: {options.output}/*.png")
 
 
-def _load(options: Demo) -> Policy:
-    return load_policy(options.policy, num_steps=options.num_steps, precision=options.precision)
-
-
-def _demo_on_frames(options: Demo) -> None:
-    results = list(sim_demo.play_frames(_load(options)))
-    if options.json:
+def _demo_on_frames(policy: Policy, as_json: bool) -> None:
+    results = list(sim_demo.play_frames(policy))
+    if as_json:
         print_json({"recorded_frames": [dataclasses.asdict(result) for result in results]})
         return
     table = Table(title="recorded frames: one call each, against the scripted expert")

@@ -13,11 +13,11 @@ import torch
 from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint, save_model
 from halfpi.commands.console import notes, track
 from halfpi.config import PRESETS, ProcessingConfig, processing_from_json, to_json
-from halfpi.policy import NANO
+from halfpi.policy import checkpoint_path, default_device
 from halfpi.processing.tokenizer import load_tokenizer
 from halfpi.sim.record import EPISODES_PER_SHARD, RecordConfig
 from halfpi.sim.record import record as record_all
-from halfpi.sim.tasks import TASKS, select
+from halfpi.sim.tasks import FULFILLED_AT_START, TASKS, select
 from halfpi.training.data import Batches, Demonstrations
 from halfpi.training.tokenizer import number_tokens, train_tokenizer
 from halfpi.training.train import TrainConfig, Trainer
@@ -31,7 +31,8 @@ def record(options: Record) -> None:
     tasks = select(options.tasks)
     config = RecordConfig(PRESETS["nano"].image_size, PRESETS["nano"].horizon)
     shards = record_all(tasks, options.episodes, options.output, config, options.workers)
-    total = len(tasks) * math.ceil(options.episodes / EPISODES_PER_SHARD)
+    scenes = len(tasks) + sum(task.name in FULFILLED_AT_START for task in tasks)
+    total = scenes * math.ceil(options.episodes / EPISODES_PER_SHARD)
     made = list(track(shards, "shards", total))
     solved, frames = (
         (sum(counts) for counts in zip(*(m[1:] for m in made), strict=True)) if made else (0, 0)
@@ -49,14 +50,10 @@ def train(options: Train) -> None:
         (s for t in TASKS.values() for s in t.sentences), config.vocab_size
     )
     vocabulary.save(str(tokenizer), pretty=False)
-    source = (
-        None
-        if options.start is None
-        else open_checkpoint(NANO if options.start == "nano" else options.start)
-    )
+    source = None if options.start is None else open_checkpoint(checkpoint_path(options.start))
     config = config if source is None else source.config
     processing = _processing(options.output / "processing.json", data, source)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device or default_device())
     batches = Batches(data, processing, load_tokenizer(tokenizer), device)
     start = None if source is None else load_model(source)
     trainer = Trainer(config, _train_config(options), batches, number_tokens(vocabulary), start)

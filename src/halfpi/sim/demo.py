@@ -71,9 +71,8 @@ def save_moments(policy: Policy, path: Path = RECORDED_FRAMES) -> None:
     """Record what `play_frames` plays: a moment on the way to the object, of each precise task."""
     size, moments = policy.processor.config.image_size, []
     for task in select(["precise"]):
-        environment = MetaWorldEnvironment(task, size)
-        moments.append(record_moment(environment, HELD_OUT_SEED, MOMENT, policy.horizon))
-        environment.close()
+        with closing(MetaWorldEnvironment(task, size)) as environment:
+            moments.append(record_moment(environment, HELD_OUT_SEED, MOMENT, policy.horizon))
     Frames.concatenate(moments).save(path, compressed=True)
 
 

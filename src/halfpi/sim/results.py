@@ -97,17 +97,17 @@ def speed_table(setting: Setting) -> Table:
     table.caption = (
         "ms a call (i/o: processing of inputs and actions); Hz: actions a second of calls"
     )
+    steps = {task: _steps(row) for task, row in setting.summary()["tasks"].items()}
     groups = {task: [task] for task in setting.tasks} | {"all": setting.tasks}
     for name, tasks in groups.items():
         if name == "all":
             table.add_section()
         success = setting.success(tasks)
-        rows = [row for task, row in setting.summary()["tasks"].items() if task in tasks]
         rate = setting.config.execute * 1000 / setting.median_ms("total_ms", tasks)
         table.add_row(
             name,
             f"{success.successes}/{success.trials}",
-            _steps(rows[0]) if len(rows) == 1 else "",
+            steps[tasks[0]] if len(tasks) == 1 else "",
             f"{rate:.0f}",
             *(f"{setting.median_ms(stage, tasks):.1f}" for stage in stages),
         )
