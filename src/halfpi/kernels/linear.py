@@ -110,14 +110,14 @@ def linear(
 
     x: (m, k), weight: (n, k), both bfloat16, E4M3 or fp32. alpha: fp32 (1,), the product of the
     scales of E4M3 operands. bias: fp32 (n,). gate: fp32 (m or 1, n), of any row stride. residual:
-    as `out`. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid;
-    others are neither computed nor written. partials: see `launch_linear`.
+    (m, n), as `out` or fp32. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows
+    that are valid; others are neither computed nor written. partials: see `launch_linear`.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
     m, n = x.shape[0], weight.shape[0]
     check_output(out, (m, n), scale)
-    check("residual", residual, (m, n), out.dtype)
+    check("residual", residual, (m, n), out.dtype, torch.float32)
     check("bias", bias, (n,), torch.float32)
     check("alpha", alpha, (1,), torch.float32)
     check("count", count, (1,), torch.int32)
