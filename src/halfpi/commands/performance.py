@@ -13,7 +13,7 @@ from halfpi.perf.bench import bench_stages, report
 from halfpi.perf.cases import Case
 from halfpi.perf.records import append_record
 from halfpi.perf.synthetic import random_model
-from halfpi.policy import DTYPES, default_device
+from halfpi.policy import default_device
 
 if TYPE_CHECKING:
     from halfpi.cli import Bench
@@ -38,7 +38,7 @@ def bench(options: Bench) -> None:
 
 
 def _model(options: Bench, device: str) -> Pi05:
-    dtype = DTYPES[options.precision]
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[options.precision]
     if options.checkpoint != "nano" and options.checkpoint in PRESETS:
         return random_model(PRESETS[options.checkpoint], device=device, dtype=dtype)
     return load_model(open_source(options), device=device, dtype=dtype)

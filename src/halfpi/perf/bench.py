@@ -25,6 +25,7 @@ from halfpi.perf.roofline import floors
 from halfpi.perf.synthetic import random_inputs
 from halfpi.perf.timing import Call, measure, percentiles
 from halfpi.policy import Policy
+from halfpi.processing.images import to_model
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.quant import FakeQuantPi05
 from halfpi.types import Observation
@@ -135,6 +136,7 @@ def _device_inputs(model: Pi05, case: Case, seed: int) -> tuple[ModelInputs, Ten
     device = model.action_in.weight.device
     inputs, noise = random_inputs(model.config, case, seed)
     moved = {name: tensor.to(device) for name, tensor in vars(inputs).items()}
+    moved["images"] = to_model(moved["images"])
     return ModelInputs(**moved), noise[None].to(device)
 
 
