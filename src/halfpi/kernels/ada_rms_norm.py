@@ -33,7 +33,7 @@ from halfpi.kernels.spec import (
     row_launches,
     row_stride,
 )
-from halfpi.kernels.tile import begin, store
+from halfpi.kernels.tile import begin, partial_row, store
 
 
 def ada_rms_norm_reference(
@@ -87,11 +87,7 @@ def _ada_rms_norm_kernel(
     places = row * D + cols
     value = tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
     if SPLITS > 0:
-        update = tl.zeros((BLOCK_D,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = tl.load(partials + split * M * D + places, mask=inside, other=0.0)
-            update += part.to(tl.float32)
-        value += update * gate_row
+        value += partial_row(partials, places, inside, M * D, SPLITS) * gate_row
         tl.store(residual + places, value.to(residual.dtype.element_ty), mask=inside)
     store(out + places, rms_normalised(value, D, EPS) * factor + shift, scale, inside)
 
