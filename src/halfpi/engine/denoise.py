@@ -114,18 +114,14 @@ class DenoiseStage:
             self._query[None], keys[None], values[None], self._mixed[None], layer.out,
             key_count=inputs.key_count,
         )  # fmt: skip
-        attended = self._pending(
-            ops.split_linear(self._mixed.flatten(1), layer.out), first, layer.out
-        )
+        attended = self._pending(self._mixed.flatten(1), layer.out, first)
         ops.ada_rms_norm(
             self._residual, second, self._normed, layer.gate_up, decided=decided, **attended
         )
         ops.geglu(self._normed, layer.gate_up, self._hidden, layer.down)
         return self._pending(self._hidden, layer.down, second)
 
-    def _pending(
-        self, x: Tensor, matrix: Matrix, modulation: Tensor
-    ) -> dict[str, Tensor | None]:
+    def _pending(self, x: Tensor, matrix: Matrix, modulation: Tensor) -> dict[str, Tensor | None]:
         """A block's output as partial products, and what the next norm needs to add them."""
         gate = modulation[:, 2 * self._config.expert_width :]
         return {
