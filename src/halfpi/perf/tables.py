@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halfpi.config import PRESETS
+from halfpi.files import atomic_write
 from halfpi.perf.cases import STAGES, standard_case
 from halfpi.perf.devices import devices
 from halfpi.perf.records import Record, read_records
@@ -99,9 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = ", ".join(str(path) for path in stale)
         sys.exit(f"tables are stale in {names}; run python -m halfpi.perf.tables --write")
     for path, text in stale.items():
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _floors(_: Sequence[Record]) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from halfpi.serving.adapter import Answer, OpenpiPolicy
+from halfpi.integrations.openpi import Answer, OpenpiPolicy
 from halfpi.serving.logs import fields
 from halfpi.serving.metrics import Metrics
 from halfpi.serving.requests import FairQueue, Outcome, Request, RequestError

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from halfpi.serving.adapter import Answer
+from halfpi.integrations.openpi import Answer
 
 _MAX_MESSAGE_CHARACTERS = 2_000
 

@@ -26,9 +26,9 @@ from websockets.asyncio.server import serve as serve_websockets
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
+from halfpi.integrations.openpi import OpenpiPolicy
 from halfpi.policy import Policy
 from halfpi.serving.access import ApiKeys, tls_context
-from halfpi.serving.adapter import OpenpiPolicy
 from halfpi.serving.config import ServeConfig
 from halfpi.serving.connection import Connection
 from halfpi.serving.dispatcher import Dispatcher, ReloadError

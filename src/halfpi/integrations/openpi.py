@@ -1,4 +1,7 @@
-"""A policy in the shape that openpi's clients know: a dictionary in, a dictionary out."""
+"""A policy in the shape that openpi's clients know: a dictionary in, a dictionary out.
+
+It is also what answers in `halfpi serve`.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,9 @@ class _Extras:
 
 class OpenpiPolicy:
     """openpi's BasePolicy around `policy`; what it raises is ValueError where the caller is wrong.
+
+    It goes wherever openpi's own goes: into an ActionChunkBroker, or into openpi's websocket
+    server, together with its `metadata`.
 
     metadata: added to what `metadata` tells clients. max_steps: what a request may ask for.
     """

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from halfpi.integrations.openpi import OpenpiPolicy
 from halfpi.policy import Policy
-from halfpi.serving.adapter import OpenpiPolicy
 from halfpi.types import Observation
 
 if TYPE_CHECKING:
