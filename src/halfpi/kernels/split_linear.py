@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.launches import split_linear_launches
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
@@ -187,7 +187,7 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
 
 
 def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
-    return linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
+    return split_linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
 
 
 def _cases() -> Iterator[Case]:

@@ -50,7 +50,8 @@ class TileLaunch(Launch):
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipeline of operand tiles."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+        steps = self.num_stages * max(self.promote, 1)
+        return steps * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
 @triton.jit
