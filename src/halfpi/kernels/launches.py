@@ -58,6 +58,7 @@ def split_linear_launches(
         for split_k in (2, 1, 3, 4)
         for one in launches
         if one.programs == 0 and _tiles(one, m, n) * split_k <= 2 * device.multiprocessors
+        if split_k == 1 or not one.library
     )
 
 
@@ -79,7 +80,7 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
         for one in with_tma
         if _tiles(one, m, n) > (programs := device.multiprocessors * (_WARPS // one.num_warps))
     ]
-    return with_tma + persistent + plain[:2]
+    return [*with_tma, *persistent, *plain[:2], TileLaunch(pdl=True, library=True)]
 
 
 def _tiles(launch: TileLaunch, m: int, n: int) -> int:
