@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -289,7 +290,7 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
         for tokens, heads in ((t, q), (s, kv), (s, kv))
     )
     invalid = torch.arange(s, device=device) >= key_count[:, None]
-    inputs = {
+    inputs: dict[str, Any] = {
         "query": query,
         "keys": keys.masked_fill(invalid[..., None, None], torch.nan),
         "values": values.masked_fill(invalid[..., None, None], torch.nan),
