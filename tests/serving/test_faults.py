@@ -182,12 +182,14 @@ async def test_a_wrong_api_key(loopback: Loopback, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("right\n")
     right = {"Authorization": "Api-Key right"}
-    async with loopback.serve(api_key_file=keys) as server:
-        async with loopback.connect(server, additional_headers=right) as other:
-            await other.recv()
-            with pytest.raises(InvalidStatus, match="HTTP 401"):
-                await loopback.connect(server, additional_headers={"Authorization": "Api-Key no"})
-            assert "actions" in await loopback.ask(other)
+    async with (
+        loopback.serve(api_key_file=keys) as server,
+        loopback.connect(server, additional_headers=right) as other,
+    ):
+        await other.recv()
+        with pytest.raises(InvalidStatus, match="HTTP 401"):
+            await loopback.connect(server, additional_headers={"Authorization": "Api-Key no"})
+        assert "actions" in await loopback.ask(other)
 
 
 async def test_the_policy_raises(loopback: Loopback, caplog: pytest.LogCaptureFixture) -> None:
