@@ -35,7 +35,9 @@ class Crowd:
 
     @property
     def passes(self) -> list[int]:
-        return self.policy.engine.passes  # type: ignore[attr-defined]  # the stub's
+        engine: Any = self.policy.engine
+        passes: list[int] = engine.passes
+        return passes
 
     def _act(self, inputs: Any) -> float:
         self.entered.set()

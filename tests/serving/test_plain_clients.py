@@ -56,8 +56,8 @@ async def conversation(socket: ClientConnection, loopback: Loopback, letter: str
 async def test_frames_are_the_same_as_ever(
     loopback: Loopback, clients: int, batching: bool
 ) -> None:
-    engine = {"engine": loopback.batching} if batching else {}
-    async with loopback.serve(lambda: loopback.policy(act, **engine)) as server:
+    engine = loopback.batching if batching else loopback.single
+    async with loopback.serve(lambda: loopback.policy(act, engine=engine)) as server:
         sockets = [await loopback.connect(server) for _ in range(clients)]
         pairs = zip(sockets, LETTERS, strict=False)
         talks = await asyncio.gather(*(conversation(s, loopback, letter) for s, letter in pairs))
