@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "halfpi needs Python 3.11 or newer, and none is on the PATH." \
 		"Install one, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,sim,report,serve]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,sim,report,rerun,serve]"
 	@touch $@
 
 .venv-lerobot/.ready: plugins/lerobot_policy_halfpi/pyproject.toml

@@ -5,19 +5,17 @@ It is also what answers in `halfpi serve`.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from halfpi.batching import Call, can_batch, infer_many
 from halfpi.policy import Policy
-from halfpi.types import ActionChunk, Observation, StageTimes
-
-EXTRAS = "halfpi"
-"""The one key of a request that only halfpi knows; its value is a dictionary, see `_Extras`."""
+from halfpi.runtime.reuse import ReuseReport, remembering
+from halfpi.serving.extras import EXTRAS, Extras, extras_of
+from halfpi.types import ActionChunk, Observation
 
 # Far above any robot, far below what makes tokenising take seconds.
 _MAX_PROMPT_CHARACTERS = 10_000
@@ -28,27 +26,14 @@ _MAX_STATE = 1_000
 class Answer:
     """A reply as openpi's clients read it, and what it cost.
 
-    infer_ms: the whole call; the sum of `times` and the way from and to dictionaries.
+    observation, chunk: what the reply was made of. infer_ms: the whole call; the sum of the chunk's
+    times and the way from and to dictionaries, and of all that was computed in the same pass.
     """
 
     reply: dict[str, Any]
-    times: StageTimes
+    observation: Observation
+    chunk: ActionChunk
     infer_ms: float
-
-
-@dataclass(frozen=True)
-class _Extras:
-    """What a request may ask beyond openpi's protocol.
-
-    steps: Euler steps. noise: float (h, a). given: float (d, a), the first actions of the chunk,
-    normalised, if they are decided already (real-time chunking). normalized: whether the reply
-    also holds the chunk as the model gave it, float32 (h, a), to be fed back as `given`.
-    """
-
-    steps: int | None = None
-    noise: NDArray[np.float32] | None = None
-    given: NDArray[np.float32] | None = None
-    normalized: bool = False
 
 
 class OpenpiPolicy:
@@ -58,12 +43,15 @@ class OpenpiPolicy:
     server, together with its `metadata`.
 
     metadata: added to what `metadata` tells clients. max_steps: what a request may ask for.
+    Tokens of recent prompts are remembered, which changes no action.
     """
 
     def __init__(
         self, policy: Policy, *, metadata: Mapping[str, Any] | None = None, max_steps: int = 100
     ) -> None:
-        self._policy = policy
+        self._prompts, self._counted = ReuseReport(), (0, 0)
+        self._policy = copy.copy(policy)
+        self._policy.processor = remembering(policy.processor, self._prompts)
         self._metadata = dict(metadata or {})
         self._max_steps = max_steps
 
@@ -82,6 +70,11 @@ class OpenpiPolicy:
             }
         }
 
+    @property
+    def can_batch(self) -> bool:
+        """Whether `answer_many` computes several requests in one pass."""
+        return can_batch(self._policy)
+
     def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]:
         """{"actions": float32 (h, robot_action_dim), "policy_timing": {"infer_ms"}}.
 
@@ -93,54 +86,80 @@ class OpenpiPolicy:
     def answer(self, obs: Mapping[str, Any]) -> Answer:
         """`infer`, and what it cost."""
         began = time.perf_counter()
-        extras = _extras(obs.get(EXTRAS, {}), self._max_steps)
-        observation = self._policy.processor.observation_from_dict(
-            {key: value for key, value in obs.items() if key != EXTRAS}
-        )
-        _check_size(observation)
+        call, extras = self._call(obs)
         chunk = self._policy.infer(
-            observation, noise=extras.noise, given=extras.given, num_steps=extras.steps
+            call.observation,
+            noise=call.noise,
+            given=call.given,
+            guidance=call.guidance,
+            num_steps=call.num_steps,
         )
-        reply = _reply(chunk, extras.normalized)
-        return Answer(reply, chunk.times, (time.perf_counter() - began) * 1000)
+        return _answer(call.observation, chunk, extras, began)
+
+    def answer_many(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer | Exception]:
+        """What `answer` gives or raises for each of `requests`, computed together if possible.
+
+        If what is computed together fails, each is tried alone, so that one cannot harm the others.
+        """
+        if len(requests) > 1 and self.can_batch:
+            try:
+                return self._answer_together(requests)
+            except Exception:  # noqa: BLE001 (it is raised again for the one that causes it)
+                pass
+        return [self._outcome(request) for request in requests]
+
+    def lookups(self) -> tuple[int, int]:
+        """Prompts found among those remembered, and not found, since this was last asked."""
+        counted, self._counted = self._counted, (self._prompts.hits, self._prompts.misses)
+        return self._counted[0] - counted[0], self._counted[1] - counted[1]
 
     def reset(self) -> None:
         """Nothing: no call depends on the one before."""
 
+    def _answer_together(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer | Exception]:
+        began = time.perf_counter()
+        outcomes: dict[int, Answer | Exception] = {}
+        calls: dict[int, tuple[Call, Extras]] = {}
+        for index, request in enumerate(requests):
+            try:
+                calls[index] = self._call(request)
+            except ValueError as error:
+                outcomes[index] = error
+        results = infer_many(self._policy, [call for call, _ in calls.values()])
+        for (index, (call, extras)), result in zip(calls.items(), results, strict=True):
+            outcomes[index] = (
+                result
+                if isinstance(result, ValueError)
+                else _answer(call.observation, result, extras, began)
+            )
+        return [outcomes[index] for index in range(len(requests))]
 
-def _reply(chunk: ActionChunk, normalized: bool) -> dict[str, Any]:
+    def _outcome(self, request: Mapping[str, Any]) -> Answer | Exception:
+        try:
+            return self.answer(request)
+        except Exception as error:  # noqa: BLE001 (whoever asked is told)
+            return error
+
+    def _call(self, obs: Mapping[str, Any]) -> tuple[Call, Extras]:
+        extras = extras_of(obs.get(EXTRAS, {}), self._max_steps)
+        observation = self._policy.processor.observation_from_dict(
+            {key: value for key, value in obs.items() if key != EXTRAS}
+        )
+        _check_size(observation)
+        config = self._policy.engine.config
+        guidance = extras.guidance(config.horizon, config.action_dim)
+        return Call(observation, extras.noise, extras.given, guidance, extras.steps), extras
+
+
+def _answer(observation: Observation, chunk: ActionChunk, extras: Extras, began: float) -> Answer:
     """ActionChunkBroker slices every array along its first axis, so all of them are (h, ·)."""
     arrays = {"actions": chunk.actions}
-    if normalized:
+    if extras.normalized:
         arrays["normalized"] = chunk.normalized
     times = chunk.times
     model_ms = times.vision_ms + times.prefill_ms + times.denoise_ms
-    return {**arrays, "policy_timing": {"infer_ms": model_ms}}
-
-
-def _extras(data: object, max_steps: int) -> _Extras:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{EXTRAS!r} must be a dictionary, got {type(data).__name__}")
-    known = _Extras.__dataclass_fields__
-    unknown = sorted(set(data) - set(known))
-    if unknown:
-        raise ValueError(f"{EXTRAS!r} has no {', '.join(unknown)}: expected {', '.join(known)}")
-    extras = _Extras(**data)
-    for name in ("noise", "given"):
-        value = getattr(extras, name)
-        if value is not None and not (isinstance(value, np.ndarray) and value.dtype.kind == "f"):
-            raise ValueError(f"{name!r} must be a float array, got {_kind(value)}")
-    if not isinstance(extras.normalized, bool):
-        raise ValueError(f"'normalized' must be true or false, got {_kind(extras.normalized)}")
-    if extras.steps is not None and not (
-        type(extras.steps) is int and 1 <= extras.steps <= max_steps
-    ):
-        raise ValueError(f"'steps' must be an int from 1 to {max_steps}, got {extras.steps!r}")
-    return extras
-
-
-def _kind(value: object) -> str:
-    return f"{value.dtype} array" if isinstance(value, np.ndarray) else type(value).__name__
+    reply = {**arrays, "policy_timing": {"infer_ms": model_ms}}
+    return Answer(reply, observation, chunk, (time.perf_counter() - began) * 1000)
 
 
 def _check_size(observation: Observation) -> None:
