@@ -76,7 +76,7 @@ class Pi05(nn.Module):
 
         time: fp32 (b,), or (b, h) when actions differ in their time; 1 is noise, 0 is data.
         """
-        condition = self._condition(time if time.ndim == 2 else time[:, None])
+        condition = self.condition(time if time.ndim == 2 else time[:, None])
         view = self.expert.view(cache, actions.shape[1])
         return self._velocity(view, actions, self.expert.modulations(condition))
 
@@ -162,7 +162,7 @@ class Pi05(nn.Module):
             parameter.data = parameter.data.to(dtype if parameter in narrow else torch.float32)
         return self
 
-    def _condition(self, time: Tensor) -> Tensor:
+    def condition(self, time: Tensor) -> Tensor:
         """What modulates the expert at `time` (...) → fp32 (..., d)."""
         config = self.config
         embedded = time_embedding(
@@ -184,9 +184,10 @@ class Pi05(nn.Module):
         the schedule alone, so all steps share one product per norm.
         """
         times = [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
-        if decided:
-            times.append(0.0)
-        condition = self._condition(torch.tensor(times, device=noise.device))
+        # The same numbers on the device: a CUDA graph cannot hold a copy of them from the host.
+        steps = torch.arange(num_steps, dtype=torch.float64, device=noise.device)
+        table_times = (1.0 + steps * (-1.0 / num_steps)).float()
+        condition = self.condition(F.pad(table_times, (0, 1)) if decided else table_times)
         by_norm = [table[:, None, None] for table in self.expert.modulations(condition)]
         is_decided = torch.arange(noise.shape[1], device=noise.device)[:, None] < decided
         for step in range(num_steps):

@@ -11,13 +11,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from halfpi.perf.cases import Case
 
-SCHEMA = 1
+SCHEMA = 2
 Kind = Literal["measured", "predicted", "quoted"]
 
 
@@ -40,12 +40,15 @@ class Record:
 
     kind: "measured" here; "predicted" by a model; "quoted" from `source`, which others must name.
     benchmark: what was timed, such as "e2e" or "stages". engine: what ran, such as "eager".
-    commit, dirty: of halfpi; an installed release is its version. device: as torch or the operating
-    system calls it. driver, torch, triton, cuda: versions, None where there is none.
+    commit, dirty: of halfpi; an installed release is its version. A commit that nobody knows is
+    None, and dirty. device: as torch or the operating system calls it. driver, torch, triton, cuda:
+    versions, None where there is none.
     case: the fields of `Case`; of quoted and predicted ones, those that are known.
     ms: milliseconds by stage, or whatever the benchmark tells apart, and "total".
     floor_ms: by the same names, None where no floor is known. peak_bytes: of device memory.
-    error: ‖actions − reference‖ / ‖reference‖ against fp32, None if not compared.
+    error: ‖result − reference‖ / ‖reference‖ against fp32, None if not compared.
+    numbers: what else was measured, units in the names: "KEY NAME" belongs to the time NAME, a key
+    alone to the total. Since schema 2.
 
     Raises RecordError for a field of a wrong type or value.
     """
@@ -67,6 +70,7 @@ class Record:
     peak_bytes: int | None = None
     error: float | None = None
     schema: int = SCHEMA
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -82,6 +86,8 @@ def record_from_json(line: str) -> Record:
         data = json.loads(line)
     except ValueError as error:
         raise RecordError(f"a record must be one JSON object, got {line[:80]!r}") from error
+    if isinstance(data, dict) and data.get("schema") == 1:
+        data = {"numbers": {}} | data | {"schema": SCHEMA}
     names = {field.name for field in fields(Record)}
     if not isinstance(data, dict) or set(data) != names:
         got = set(data) if isinstance(data, dict) else set()
@@ -139,8 +145,11 @@ def _check(record: Record) -> None:
         value = getattr(record, name)
         _require(name, value, value is None or isinstance(value, str), "a text or null")
     if measured:
-        _require("commit", record.commit, isinstance(record.commit, str), "the commit measured")
-        _require("dirty", record.dirty, isinstance(record.dirty, bool), "a bool")
+        known = record.commit is not None
+        is_text = isinstance(record.commit, str) or not known
+        _require("commit", record.commit, is_text, "the commit measured, or null")
+        fits = isinstance(record.dirty, bool) and (known or record.dirty)
+        _require("dirty", record.dirty, fits, "a bool" if known else "true without a commit")
         _require("source", record.source, record.source is None, "null in a measured record")
     else:
         is_named = bool(record.source) and isinstance(record.source, str)
@@ -155,6 +164,9 @@ def _check(record: Record) -> None:
     peak, error = record.peak_bytes, record.error
     _require("peak_bytes", peak, peak is None or (type(peak) is int and peak > 0), "an int or null")
     _require("error", error, error is None or error == 0 or _is_positive(error), "≥ 0 or null")
+    numbers = record.numbers
+    fits = isinstance(numbers, Mapping) and all(map(_is_number, numbers.values()))
+    _require("numbers", numbers, fits, "finite numbers by name")
 
 
 def _check_case(case: Mapping[str, int | str], *, complete: bool) -> None:
@@ -185,9 +197,12 @@ def _require(name: str, value: object, fits: bool, expected: str) -> None:
 
 
 def _is_positive(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and _is_number(value) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _listed(names: set[str]) -> str:
