@@ -38,23 +38,24 @@ def tiny_config() -> Pi05Config:
     return TINY
 
 
-@pytest.fixture
-def random_pi05() -> Callable[..., Pi05]:
-    """Build a Pi05 of a config with every weight random.
+def build_pi05(config: Pi05Config = TINY, seed: int = 0) -> Pi05:
+    """A Pi05 of `config` with every weight random.
 
     A new model's modulations are zero: its expert ignores the prefix, and most tests would pass.
     """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # initialisation draws from the global one
+        torch.manual_seed(seed)
+        model = Pi05(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * fan_in**-0.5)
+    return model
 
-    def build(config: Pi05Config = TINY, seed: int = 0) -> Pi05:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):  # initialisation draws from the global one
-            torch.manual_seed(seed)
-            model = Pi05(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise * fan_in**-0.5)
-        return model
 
-    return build
+@pytest.fixture
+def random_pi05() -> Callable[..., Pi05]:
+    """`build_pi05`."""
+    return build_pi05

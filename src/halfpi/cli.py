@@ -18,11 +18,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from halfpi.config import Backend, Precision
 from halfpi.serving.config import ServeConfig
 
 Dtype = Literal["float32", "bfloat16"]
-Precision = Literal["fp32", "bf16", "fp8"]
-Backend = Literal["eager", "compile", "triton"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Demo:
     """Actions executed of each chunk before the next call."""
     precision: Precision = "fp32"
     """Of the arithmetic; fp8 needs scales beside the checkpoint."""
+    backend: Backend = "eager"
+    """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU."""
     output: Path = Path("outputs/demo")
     """Where the contact sheet of each episode goes."""
     json: bool = False
@@ -70,6 +71,8 @@ class Eval:
     """Actions executed of each chunk before the next call."""
     precision: Precision = "fp32"
     """Of the arithmetic; fp8 needs scales beside the checkpoint."""
+    backend: Backend = "eager"
+    """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU."""
     wrong_instruction: bool = False
     """Ask for the other task of a shared scene; only tasks that share one are played."""
     workers: int | None = None
@@ -172,6 +175,8 @@ class Run(Source):
     """A torch device; CUDA if there is one, else the CPU."""
     precision: Precision = "fp32"
     """Of the arithmetic; fp8 needs scales beside the checkpoint."""
+    backend: Backend = "eager"
+    """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

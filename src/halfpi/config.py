@@ -2,7 +2,7 @@
 
 `Pi05Config` is the architecture and says nothing about a robot; `ProcessingConfig` is everything
 between a robot's observation and the model's tensors. Both are stored beside the weights in
-halfpi's own format.
+halfpi's own format. `EngineConfig` is how a model is run, and is stored nowhere.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 ResizeRule = Literal["pil", "interpolate", "interpolate-0.4"]
 NormRule = Literal["openpi", "lerobot"]
 NormMode = Literal["quantile", "quantile10", "mean_std", "min_max", "identity"]
 RobotName = Literal["none", "libero", "droid", "aloha", "metaworld"]
+Backend = Literal["eager", "compile", "triton"]
+Precision = Literal["fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,40 @@ class ProcessingConfig:
     robot: RobotName = "none"
     robot_action_dim: int = 32
     delta_mask: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine runs a model.
+
+    backend: "eager" is plain torch, on any device; "compile" is the same through torch.compile;
+    "triton" plans once and replays CUDA graphs of halfpi's kernels. precision: "fp8" needs scales.
+
+    The rest is what "triton" plans for, and a call beyond it is refused. num_steps: the numbers of
+    Euler steps. max_cameras, max_prompt_tokens: the most of each; fewer cost less.
+    persistent_expert: denoise in one kernel for all steps, where the GPU and the model's sizes
+    allow it (Hopper), instead of a chain of kernels.
+
+    Raises ValueError that names the field whose value is wrong.
+    """
+
+    backend: Backend = "eager"
+    precision: Precision = "fp32"
+    num_steps: tuple[int, ...] = (10,)
+    max_cameras: int = 3
+    max_prompt_tokens: int = 200
+    persistent_expert: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choice in (("backend", Backend), ("precision", Precision)):
+            value, allowed = getattr(self, name), get_args(choice)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(f"num_steps must hold numbers of at least 1, got {self.num_steps}")
+        for name in ("max_cameras", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def to_json(config: Pi05Config | ProcessingConfig) -> dict[str, Any]:

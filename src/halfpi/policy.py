@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint
-from halfpi.engine import EagerEngine
-from halfpi.model import Guidance, Pi05
+from halfpi.config import Backend, EngineConfig, Precision
+from halfpi.engine import Engine, make_engine
+from halfpi.model import Guidance
 from halfpi.processing.pipeline import Processor
 from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
-from halfpi.quant import FakeQuantPi05, load_scales
+from halfpi.quant import load_scales
 from halfpi.types import ActionChunk, Keep, Observation
 
-Precision = Literal["fp32", "bf16", "fp8"]
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 NANO = Path(__file__).parent / "assets" / "nano"
 NOTHING = Keep()
 
@@ -34,7 +33,7 @@ class Policy:
     """
 
     def __init__(
-        self, processor: Processor, engine: EagerEngine, *, num_steps: int = 10, seed: int = 0
+        self, processor: Processor, engine: Engine, *, num_steps: int = 10, seed: int = 0
     ) -> None:
         self.processor = processor
         self.engine = engine
@@ -147,7 +146,8 @@ def load_policy(
     *,
     device: str | None = None,
     precision: Precision = "fp32",
-    num_steps: int = 10,
+    backend: Backend = "eager",
+    num_steps: int | Sequence[int] = 10,
     tokenizer: str | os.PathLike[str] | None = None,
     seed: int = 0,
     asset_id: str | None = None,
@@ -157,7 +157,9 @@ def load_policy(
     """The policy in the checkpoint directory `path`; "nano" is the one that ships with halfpi.
 
     device: a torch device; CUDA if there is one, else the CPU. precision: "fp32", "bf16", or "fp8"
-    with the scales beside the checkpoint, whose arithmetic the eager engine imitates.
+    with the scales beside the checkpoint, whose arithmetic other backends than "triton" imitate.
+    backend: see `EngineConfig`. num_steps: Euler steps of a call; of several, which "triton" plans
+    for, the first is the default.
     tokenizer: a tokenizer.json or SentencePiece .model; if absent, the checkpoint is searched and
     then the usual caches. asset_id, processing_overrides, config_overrides: as in
     `open_checkpoint`, for what the checkpoint does not say.
@@ -177,9 +179,16 @@ def load_policy(
     processor = Processor(
         checkpoint.processing, checkpoint.config.action_dim, load_tokenizer(found)
     )
-    device = device or default_device()
-    model = _model(checkpoint, device, precision)
-    return Policy(processor, EagerEngine(model), num_steps=num_steps, seed=seed)
+    steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
+    config = EngineConfig(
+        backend,
+        precision,
+        steps,
+        max_cameras=len(checkpoint.processing.cameras),
+        max_prompt_tokens=checkpoint.processing.max_prompt_tokens,
+    )
+    engine = _engine(checkpoint, config, device or default_device())
+    return Policy(processor, engine, num_steps=steps[0], seed=seed)
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -192,14 +201,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _model(checkpoint: Checkpoint, device: str, precision: Precision) -> Pi05:
-    if precision == "fp8":
-        scales = load_scales(checkpoint)
-        return FakeQuantPi05(load_model(checkpoint, device=device), scales)
-    if precision not in DTYPES:
-        expected = ", ".join([*DTYPES, "fp8"])
-        raise ValueError(f"precision must be one of {expected}, got {precision!r}")
-    return load_model(checkpoint, device=device, dtype=DTYPES[precision])
+def _engine(checkpoint: Checkpoint, config: EngineConfig, device: str) -> Engine:
+    scales = load_scales(checkpoint) if config.precision == "fp8" else None
+    # A plan packs from the CPU; fake quantisation starts from the weights as they are stored.
+    packed = config.backend == "triton"
+    narrow = config.precision == "bf16" or (packed and config.precision == "fp8")
+    model = load_model(
+        checkpoint,
+        device="cpu" if packed else device,
+        dtype="bfloat16" if narrow else "float32",
+    )
+    return make_engine(model, config, device=device, scales=scales)
 
 
 def _require_stats(checkpoint: Checkpoint) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.conftest import TINY
+from tests.engine.conftest import inputs_with, noise
 
 from halfpi.engine import EagerEngine
 from halfpi.model import Pi05
@@ -16,22 +17,6 @@ from halfpi.processing.pipeline import ModelInputs
 @pytest.fixture
 def model(random_pi05: Callable[..., Pi05]) -> Pi05:
     return random_pi05()
-
-
-def inputs_with(cameras: list[bool], length: int, seed: int = 0) -> ModelInputs:
-    generator = torch.Generator().manual_seed(seed)
-    size = TINY.image_size
-    return ModelInputs(
-        images=torch.rand((1, 2, 3, size, size), generator=generator) * 2 - 1,
-        image_mask=torch.tensor([cameras]),
-        tokens=torch.randint(TINY.vocab_size, (1, 12), generator=generator),
-        token_mask=torch.arange(12)[None] < length,
-    )
-
-
-def noise(seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((TINY.horizon, TINY.action_dim), generator=generator)
 
 
 @pytest.mark.parametrize("cameras", [[True, True], [True, False], [False, True]])

@@ -14,8 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from halfpi.kernels.ada_rms_norm import ada_rms_norm
 from halfpi.kernels.attention import AttentionLaunch, attention
+from halfpi.kernels.embed import embed
 from halfpi.kernels.geglu import geglu
 from halfpi.kernels.linear import linear
+from halfpi.kernels.patchify import patchify
 from halfpi.kernels.qkv_rope import qkv_rope
 from halfpi.kernels.rms_norm import rms_norm
 from halfpi.kernels.tile import TileLaunch
@@ -45,7 +47,7 @@ LINEAR: dict[str, Any] = {
         ({"bias": torch.zeros(7)}, r"bias must be .* float32 \(8,\)"),
         ({"gate": torch.zeros(3, 8)}, r"gate must be float32 \(4, 8\) or \(1, 8\)"),
         ({"gate": torch.zeros(8, 4).T}, "gate must have contiguous rows"),
-        ({"residual": torch.zeros(4, 8)}, "residual must be contiguous bfloat16"),
+        ({"residual": bfloat16(4, 8).half()}, "residual must be contiguous bfloat16 or float32"),
         ({"count": torch.ones(1)}, "count must be contiguous int32"),
         ({"launch": TileLaunch(split_k=2)}, "partials must be given"),
     ],
@@ -100,3 +102,21 @@ def test_norms() -> None:
         ada_rms_norm(x, torch.zeros(2, 96), x, Launch())
     with pytest.raises(ValueError, match="partials and gate must be given together"):
         ada_rms_norm(x, torch.zeros(1, 96), x, Launch(), gate=torch.zeros(1, 32))
+
+
+def test_patchify() -> None:
+    images = torch.zeros(2, 8, 12, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"images must be uint8 or float32 .* multiples of 5"):
+        patchify(images, 5, bfloat16(12, 48), Launch())
+    with pytest.raises(ValueError, match=r"images must be .* got torch.int16 \(2, 8, 12, 3\)"):
+        patchify(images.short(), 4, bfloat16(12, 48), Launch())
+    with pytest.raises(ValueError, match=r"out must be .* \(12, 48\), got bfloat16 \(12, 47\)"):
+        patchify(images, 4, bfloat16(12, 47), Launch())
+
+
+def test_embed() -> None:
+    tokens, table = torch.zeros(5, dtype=torch.int32), bfloat16(9, 32)
+    with pytest.raises(ValueError, match="tokens must be contiguous int32"):
+        embed(tokens.long(), table, bfloat16(7, 32), Launch())
+    with pytest.raises(ValueError, match=r"out must be .* \(7, 32\), got bfloat16 \(7, 31\)"):
+        embed(tokens, table, bfloat16(7, 31), Launch())

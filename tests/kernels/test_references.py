@@ -17,9 +17,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from halfpi.kernels.ada_rms_norm import ada_rms_norm_reference
 from halfpi.kernels.attention import attention_reference
+from halfpi.kernels.embed import embed_reference
 from halfpi.kernels.geglu import geglu_reference, interleaved
 from halfpi.kernels.layer_norm import layer_norm_reference
 from halfpi.kernels.linear import linear_reference
+from halfpi.kernels.patchify import patch_weight, patchify_reference
 from halfpi.kernels.qkv_rope import paired, qkv_rope_reference
 from halfpi.kernels.rms_norm import rms_norm_reference
 
@@ -110,3 +112,23 @@ def test_linear() -> None:
     (hidden,) = linear_reference(x, fc1.weight, bias=fc1.bias, gelu=True)
     (out,) = linear_reference(hidden, fc2.weight, bias=fc2.bias, residual=residual)
     close(out, residual + mlp(x))
+
+
+def test_patchify() -> None:
+    conv, position = randomised(nn.Conv2d(3, D, 4, stride=4)), torch.randn(6, D)
+    pixels = torch.randint(256, (2, 8, 12, 3), dtype=torch.uint8)
+    images = (pixels / 127.5 - 1).movedim(-1, 1)
+    (patches,) = patchify_reference(pixels, 4, 64)
+    (out,) = linear_reference(
+        patches, patch_weight(conv.weight, 64), bias=conv.bias, residual=position.repeat(2, 1)
+    )
+    close(out.unflatten(0, (2, 6)), conv(images).flatten(2).mT + position)
+    close(patchify_reference(images.movedim(1, -1), 4, 64)[0], patches)
+
+
+def test_embed() -> None:
+    embedding, tokens = randomised(nn.Embedding(20, D)), torch.randint(20, (5,))
+    (out,) = embed_reference(tokens, embedding.weight, 2, M)
+    close(out[2:7], embedding(tokens) * D**0.5)
+    assert out[:2].isnan().all()
+    assert out[7:].isnan().all()

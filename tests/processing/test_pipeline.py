@@ -16,6 +16,7 @@ import torch
 from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
 from halfpi.model import Pi05
 from halfpi.processing import Processor, PromptTooLongError, Tokenizer, load_tokenizer
+from halfpi.processing.images import to_model
 from halfpi.types import Observation
 
 # Halves and quarters, so that the state below falls on known bins.
@@ -39,7 +40,7 @@ def observation(state: Any = STATE, prompt: str | None = "pick up_the red cube\n
 
 def test_inputs(table_tokenizer: Tokenizer, gemma_ids: dict[str, list[int]]) -> None:
     inputs = Processor(LIBERO, 32, table_tokenizer).inputs(observation())
-    assert inputs.images.shape == (1, 3, 3, 28, 28)
+    assert inputs.images.shape == (1, 3, 28, 28, 3)
     assert inputs.image_mask.tolist() == [[True, True, False]]
     assert inputs.tokens.shape == inputs.token_mask.shape == (1, 200)
     assert inputs.tokens.dtype == torch.int64
@@ -226,7 +227,7 @@ def act(model: Pi05, processor: Processor, moment: Observation) -> Any:
     noise = torch.randn(1, model.config.horizon, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         actions = model.sample_actions(
-            inputs.images, inputs.image_mask, inputs.tokens, inputs.token_mask, noise, num_steps=2
+            to_model(inputs.images), inputs.image_mask, inputs.tokens, inputs.token_mask, noise, 2
         )
     return processor.outputs(actions[0].numpy(), moment)
 

@@ -68,6 +68,7 @@ def policy_of(options: Run) -> Policy:
         options.checkpoint,
         device=options.device,
         precision=options.precision,
+        backend=options.backend,
         num_steps=options.num_steps,
         tokenizer=options.tokenizer,
         seed=options.seed,

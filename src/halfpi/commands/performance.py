@@ -22,7 +22,7 @@ from halfpi.perf.engines import engine_config, make_subject
 from halfpi.perf.records import Record, append_record
 from halfpi.perf.report import report
 from halfpi.perf.synthetic import random_model, random_observations, random_policy
-from halfpi.policy import DTYPES, default_device
+from halfpi.policy import default_device
 
 if TYPE_CHECKING:
     from halfpi import cli
@@ -113,7 +113,7 @@ _BENCHMARKS: dict[str, Callable[[Any, torch.device], Iterator[Record] | list[Rec
 
 def _model_and_case(options: cli.BenchEngine, device: torch.device) -> tuple[Pi05, Case]:
     """The model is bf16 where the precision is fp8."""
-    dtype = DTYPES.get(options.precision, "bfloat16")
+    dtype = "float32" if options.precision == "fp32" else "bfloat16"
     if options.checkpoint != "nano" and options.checkpoint in PRESETS:
         model = random_model(PRESETS[options.checkpoint], device=device, dtype=dtype)
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from halfpi.commands.checkpoint import open_source, policy_of
 from halfpi.commands.console import notes, track
+from halfpi.engine import EagerEngine
 from halfpi.quant import calibrate as calibrate_model
 from halfpi.quant import save_scales
 from halfpi.sim.record import Frames, load_recordings
@@ -23,6 +24,8 @@ def calibrate(options: Calibrate) -> None:
     if options.precision != "fp32":
         raise ValueError(f"calibration runs in fp32, got --precision {options.precision}")
     policy = policy_of(options)
+    if not isinstance(policy.engine, EagerEngine):
+        raise ValueError(f"calibration runs plain torch, got --backend {options.backend}")
     observations = track(_observations(options), "frames", options.frames)
     scales = calibrate_model(
         policy.engine.model, policy.infer, observations, percentile=options.percentile

@@ -28,9 +28,18 @@ def demo(options: Demo) -> None:
     tasks = select(options.tasks)
     if not tasks or options.episodes < 1:
         raise ValueError("nothing to play: no task, or no episodes")
-    policy = load_policy(options.policy, num_steps=options.num_steps, precision=options.precision)
+    policy = load_policy(
+        options.policy,
+        num_steps=options.num_steps,
+        precision=options.precision,
+        backend=options.backend,
+    )
     config = EvalConfig(
-        options.policy, options.num_steps, options.execute, precision=options.precision
+        options.policy,
+        options.num_steps,
+        options.execute,
+        precision=options.precision,
+        backend=options.backend,
     )
     notes.print(f"{options.policy} on {policy.engine.device}, {options.num_steps} steps a call")
     played = sim_demo.play(policy, tasks, options.episodes, config, options.output)
@@ -75,7 +84,9 @@ def evaluate(options: Eval) -> None:
         raise ValueError("nothing to evaluate: no task that shares a scene, or no episodes")
     settings = []
     for num_steps, execute in itertools.product(options.num_steps, options.execute):
-        config = EvalConfig(options.policy, num_steps, execute, precision=options.precision)
+        config = EvalConfig(
+            options.policy, num_steps, execute, precision=options.precision, backend=options.backend
+        )
         played = play_all(tasks, options.episodes, config, prompts, options.workers)
         name = f"{num_steps} steps, {execute} actions a call"
         episodes = track(played, name, len(tasks) * options.episodes)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfpi.model import Guidance, Pi05, PrefixCache
+from halfpi.processing.images import to_model
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.types import StageTimes
 
@@ -17,13 +19,18 @@ from halfpi.types import StageTimes
 class EagerEngine:
     """Runs `model` stage by stage, one observation a call, and times each stage.
 
-    It remembers each camera's image tokens and the prefix, for calls that keep them.
+    `vision`, `prefill` and `denoise` are the stages of the model, as they run here. The engine
+    remembers each camera's image tokens and the prefix, for calls that keep them.
     """
 
-    def __init__(self, model: Pi05) -> None:
+    def __init__(self, model: Pi05, compiled: Callable[[Any], Any] = lambda stage: stage) -> None:
+        """`compiled` makes a faster function of each stage, such as `torch.compile`."""
         self.model = model
         self.config = model.config
         self.device = model.action_in.weight.device
+        self.vision: Callable[[Tensor], Tensor] = compiled(model.vision)
+        self.prefill: Callable[..., PrefixCache] = compiled(model.prefill)
+        self.denoise: Callable[..., Tensor] = compiled(model.denoise)
         self.forget()
 
     def forget(self) -> None:
@@ -56,7 +63,7 @@ class EagerEngine:
         if self._cache is None:
             raise ValueError("there is no prefix to keep: no call came before this one")
         with self._timed("denoise_ms", times):
-            actions = self.model.denoise(
+            actions = self.denoise(
                 self._cache,
                 noise[None].to(self.device),
                 num_steps,
@@ -74,7 +81,7 @@ class EagerEngine:
             image_tokens = self._image_tokens(inputs.images, places, kept)
         with self._timed("prefill_ms", times):
             image_mask = torch.ones((1, len(places)), dtype=torch.bool, device=self.device)
-            return self.model.prefill(
+            return self.prefill(
                 image_tokens,
                 image_mask,
                 inputs.tokens[:, :length].to(self.device),
@@ -87,7 +94,7 @@ class EagerEngine:
         for place in set(places).difference(fresh, self._tokens):
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
         if fresh:
-            encoded: Tensor = self.model.vision(images[:, fresh].to(self.device))
+            encoded = self.vision(to_model(images[:, fresh].to(self.device)))
             shape = (1, len(fresh), self.config.tokens_per_image, self.config.prefix_width)
             self._tokens.update(zip(fresh, encoded.view(shape).unbind(1), strict=True))
         return torch.cat([self._tokens[place] for place in places], 1)

@@ -8,6 +8,7 @@ quantises. A whole row is in one program, so nothing of it is read twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +33,7 @@ from halfpi.kernels.spec import (
     row_launches,
     row_stride,
 )
-from halfpi.kernels.tile import begin, store
+from halfpi.kernels.tile import begin, partial_row, store
 
 
 def ada_rms_norm_reference(
@@ -41,6 +42,7 @@ def ada_rms_norm_reference(
     partials: Tensor | None = None,
     gate: Tensor | None = None,
     alpha: Tensor | None = None,
+    decided: int | None = None,
 ) -> tuple[Tensor, ...]:
     """What is left of `residual` (m, d) and its modulated norm, both (m, d).
 
@@ -48,8 +50,13 @@ def ada_rms_norm_reference(
     out = residual' / rms(residual') · (1 + scale) + shift, in fp32 (openpi gemma.py).
 
     modulation: (m or 1, 3d), scale, shift and the gate of the block that reads `out`. partials:
-    (splits, m, d). gate: (m or 1, d), of the block that wrote them. alpha: (1,).
+    (splits, m, d). gate: (m or 1, d), of the block that wrote them. alpha: (1,). With `decided`,
+    modulation and gate have two rows: of the rows from `decided` on, and of those before, whose
+    time is another one.
     """
+    if decided is not None:
+        row = (torch.arange(residual.shape[0], device=residual.device) < decided).long()
+        modulation, gate = modulation[row], None if gate is None else gate[row]
     if partials is not None and gate is not None:
         update = partials.sum(0) * gate
         residual = residual + (update if alpha is None else update * alpha).to(residual.dtype)
@@ -60,17 +67,19 @@ def ada_rms_norm_reference(
 
 @triton.jit
 def _ada_rms_norm_kernel(
-    residual, modulation, partials, gate, alpha, out, scale, stride_modulation, stride_gate, M, D,
+    residual, modulation, partials, gate, alpha, out, scale, decided,
+    stride_modulation, stride_gate, M, D,
     SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
-    modulation += row * stride_modulation + cols
+    time = row if decided is None else (row < tl.load(decided)).to(tl.int32)
+    modulation += time * stride_modulation + cols
     factor = 1.0 + tl.load(modulation, mask=inside, other=0.0)
     shift = tl.load(modulation + D, mask=inside, other=0.0)
     if SPLITS > 0:
-        gate_row = tl.load(gate + row * stride_gate + cols, mask=inside, other=0.0)
+        gate_row = tl.load(gate + time * stride_gate + cols, mask=inside, other=0.0)
         if alpha is not None:
             gate_row *= tl.load(alpha)
     begin(PDL)
@@ -78,11 +87,7 @@ def _ada_rms_norm_kernel(
     places = row * D + cols
     value = tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
     if SPLITS > 0:
-        update = tl.zeros((BLOCK_D,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = tl.load(partials + split * M * D + places, mask=inside, other=0.0)
-            update += part.to(tl.float32)
-        value += update * gate_row
+        value += partial_row(partials, places, inside, M * D, SPLITS) * gate_row
         tl.store(residual + places, value.to(residual.dtype.element_ty), mask=inside)
     store(out + places, rms_normalised(value, D, EPS) * factor + shift, scale, inside)
 
@@ -97,13 +102,15 @@ def ada_rms_norm(
     gate: Tensor | None = None,
     alpha: Tensor | None = None,
     scale: Tensor | None = None,
+    decided: Tensor | None = None,
 ) -> None:
     """Write `ada_rms_norm_reference` to `residual`, in place, and `out`, both (m, d).
 
-    residual: bfloat16 (m, d), untouched without partials. modulation: fp32 (m or 1, 3d) and gate:
-    fp32 (m or 1, d), of any row stride. partials: (splits, m, d) from `split_linear`, with a gate.
-    alpha: fp32 (1,), the product of the scales of what `split_linear` read. scale: fp32 (1,),
-    quantises an E4M3 `out`.
+    residual: bfloat16 or fp32 (m, d), untouched without partials. modulation: fp32 (m or 1, 3d) and
+    gate: fp32 (m or 1, d), of any row stride. partials: (splits, m, d) from `split_linear`, with a
+    gate. alpha: fp32 (1,), the product of the scales of what `split_linear` read. scale: fp32 (1,),
+    quantises an E4M3 `out`. decided: int32 (1,); then modulation and gate are (2, …), and with pdl
+    it is read before waiting: no kernel that may still run writes it.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
@@ -115,17 +122,19 @@ def ada_rms_norm(
     check("alpha", alpha, (1,), torch.float32)
     if (partials is None) != (gate is None):
         raise ValueError("partials and gate must be given together, got only one of them")
+    check("decided", decided, (1,), torch.int32)
+    times = m if decided is None else 2
     _ada_rms_norm_kernel[(m,)](
-        residual, modulation, partials, gate, alpha, out, scale,
-        row_stride("modulation", modulation, m, 3 * d),
-        0 if gate is None else row_stride("gate", gate, m, d), m, d,
+        residual, modulation, partials, gate, alpha, out, scale, decided,
+        row_stride("modulation", modulation, times, 3 * d),
+        0 if gate is None else row_stride("gate", gate, times, d), m, d,
         SPLITS=splits, EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
     )  # fmt: skip
 
 
 def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
     m, d, splits, rows = case["m"], case["d"], case["splits"], case["modulations"]
-    inputs = {
+    inputs: dict[str, Any] = {
         "residual": torch.randn(m, d, device=device).to(case.dtype),
         "modulation": torch.randn(rows, 3 * d, device=device),
     }
@@ -133,11 +142,15 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
         inputs["partials"] = torch.randn(splits, m, d, device=device).to(case.workspace_dtype)
         inputs["gate"] = torch.randn(rows, 3 * d, device=device)[:, 2 * d :]
         inputs["alpha"] = torch.full((1,), 0.5, device=device)
+    decided = None
+    if "decided" in case.sizes:
+        inputs["decided"] = case["decided"]
+        decided = torch.full((1,), case["decided"], dtype=torch.int32, device=device)
     residual = Output(inputs["residual"].clone())
     output = poisoned_output((m, d), case, device)
     return Problem(
         run=lambda: ada_rms_norm(
-            **{**inputs, "residual": residual.tensor},
+            **{**inputs, "residual": residual.tensor, "decided": decided},
             out=output.tensor,
             launch=launch,
             scale=output.scale,
@@ -159,9 +172,13 @@ def _cases() -> Iterator[Case]:
     for out_dtype in (torch.bfloat16, FP8):
         yield Case("expert", expert, out_dtype=out_dtype)
         yield Case("expert-first", {**expert, "splits": 0}, out_dtype=out_dtype)
+        given = {**expert, "modulations": 2, "decided": 4}
+        yield Case("expert-given", given, torch.float32, out_dtype)
     yield Case("ragged", {"m": 7, "d": 72, "splits": 3, "modulations": 7}, real=False)
     ragged = {"m": 3, "d": 300, "splits": 1, "modulations": 1}
     yield Case("ragged-wide", ragged, out_dtype=FP8, real=False)
+    ragged = {"m": 7, "d": 72, "splits": 2, "modulations": 2, "decided": 3}
+    yield Case("ragged-given", ragged, torch.float32, real=False)
 
 
 SPEC = KernelSpec("ada_rms_norm", tuple(_cases()), _problem, _launches)

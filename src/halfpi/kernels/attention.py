@@ -36,6 +36,8 @@ from halfpi.kernels.spec import (
 from halfpi.kernels.tile import begin, fetch_rows, store, valid_count
 
 _LOG2_E = math.log2(math.e)
+# Strides of this multiple or more are as good as each other: a load has at most 16 bytes.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,18 @@ def attention_reference(
 
 
 @triton.jit
-def _load_heads(
-    pointer, rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr
-):
-    """Dimensions FIRST … FIRST + WIDTH of heads at `rows`, zero outside → (rows, WIDTH)."""
-    dims = FIRST + tl.arange(0, WIDTH)
+def _load_heads(pointer, rows, inside, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Heads at `rows`, zero outside and past their HEAD dimensions → (rows, WIDTH)."""
+    dims = tl.arange(0, WIDTH)
     mask = inside[:, None]
-    if FIRST + WIDTH > HEAD:
+    if WIDTH > HEAD:
         mask = mask & (dims < HEAD)[None, :]
     return tl.load(pointer + rows[:, None] + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_heads(
-    pointer, rows, inside, value, scale,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    dims = FIRST + tl.arange(0, WIDTH)
+def _store_heads(pointer, rows, inside, value, scale, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    dims = tl.arange(0, WIDTH)
     mask = inside[:, None] & (dims < HEAD)[None, :]
     store(pointer + rows[:, None] + dims[None, :], value, scale, mask)
 
@@ -100,25 +97,26 @@ def _attention_kernel(
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Strides come divided by UNIT, so that the compiler knows what they are multiples of."""
     split = tl.program_id(1)
     batch = tl.program_id(2) // kv_heads
     head = tl.program_id(2) % kv_heads
     key_total = valid_count(key_count, batch, capacity)
     query_total = valid_count(query_count, batch, tokens)
 
-    keys += batch * stride_kb + head * stride_kh
-    values += batch * stride_vb + head * stride_vh
+    keys += (batch * stride_kb + head * stride_kh) * UNIT
+    values += (batch * stride_vb + head * stride_vh) * UNIT
     share = tl.cdiv(tl.cdiv(key_total, BLOCK_N), SPLITS) * BLOCK_N
     first = split * share
     last = tl.minimum(first + share, key_total)
     if PDL and SPLITS > 1:  # few queries: the keys are what takes time
         for start in range(first, last, BLOCK_N):
             columns = tl.minimum(start + tl.arange(0, BLOCK_N), last - 1)
-            fetch_rows(keys + columns * stride_ks, 0, HEAD, HEAD)
-            fetch_rows(values + columns * stride_vs, 0, HEAD, HEAD)
+            fetch_rows(keys + columns * stride_ks * UNIT, 0, HEAD, HEAD)
+            fetch_rows(values + columns * stride_vs * UNIT, 0, HEAD, HEAD)
     begin(PDL)
 
     # A row is one query head of one token.
@@ -126,44 +124,30 @@ def _attention_kernel(
     token, q_head = rows // GROUP, head * GROUP + rows % GROUP
     if tl.program_id(0) * BLOCK_M < query_total * GROUP:
         inside = token < query_total
-        q_rows = token * stride_qt + q_head * stride_qh
-        query += batch * stride_qb
-        q = _load_heads(query, q_rows, inside, 0, MAIN, HEAD)
-        acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
-        if TAIL > 0:
-            q_tail = _load_heads(query, q_rows, inside, MAIN, TAIL, HEAD)
-            acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+        q_rows = (batch * stride_qb + token * stride_qt + q_head * stride_qh) * UNIT
+        q = _load_heads(query, q_rows, inside, HEAD, WIDTH)
+        acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
         highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
 
         for start in range(first, last, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             valid = columns < key_total
-            key = _load_heads(keys, columns * stride_ks, valid, 0, MAIN, HEAD)
+            key = _load_heads(keys, columns * stride_ks * UNIT, valid, HEAD, WIDTH)
             logits = tl.dot(q, key.T)
-            if TAIL > 0:
-                key_tail = _load_heads(keys, columns * stride_ks, valid, MAIN, TAIL, HEAD)
-                logits = tl.dot(q_tail, key_tail.T, logits)
             logits = tl.where(valid[None, :], logits * scaling, -float("inf"))
             new_highest = tl.maximum(highest, tl.max(logits, 1))
             weights = tl.exp2(logits - new_highest[:, None])
             shrink = tl.exp2(highest - new_highest)
             total = total * shrink + tl.sum(weights, 1)
             highest = new_highest
-
-            value = _load_heads(values, columns * stride_vs, valid, 0, MAIN, HEAD)
+            value = _load_heads(values, columns * stride_vs * UNIT, valid, HEAD, WIDTH)
             acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
-            if TAIL > 0:
-                value_tail = _load_heads(values, columns * stride_vs, valid, MAIN, TAIL, HEAD)
-                acc_tail = tl.dot(weights.to(value.dtype), value_tail, acc_tail * shrink[:, None])
 
         # A split without keys has total 0: an average of zeros, with a weight of 2^-inf.
         inverse = 1.0 / tl.where(total > 0, total, 1.0)
         out_rows = ((split * batch_size + batch) * tokens + token) * kv_heads * GROUP + q_head
-        _store_heads(out, out_rows * HEAD, inside, acc * inverse[:, None], scale, 0, MAIN, HEAD)
-        if TAIL > 0:
-            tail = acc_tail * inverse[:, None]
-            _store_heads(out, out_rows * HEAD, inside, tail, scale, MAIN, TAIL, HEAD)
+        _store_heads(out, out_rows * HEAD, inside, acc * inverse[:, None], scale, HEAD, WIDTH)
         if SPLITS > 1:
             tl.store(log_sums + out_rows, highest + tl.log2(total), mask=inside)
 
@@ -192,10 +176,10 @@ def _merge_kernel(
     for split in tl.static_range(SPLITS):
         split_rows = split * rows_total + rows
         weight = tl.exp2(tl.load(log_sums + split_rows, mask=inside, other=0.0) - highest)
-        part = _load_heads(partials, split_rows * HEAD, inside, 0, WIDTH, HEAD)
+        part = _load_heads(partials, split_rows * HEAD, inside, HEAD, WIDTH)
         acc += part.to(tl.float32) * weight[:, None]
         total += weight
-    _store_heads(out, rows * HEAD, inside, acc / total[:, None], scale, 0, WIDTH, HEAD)
+    _store_heads(out, rows * HEAD, inside, acc / total[:, None], scale, HEAD, WIDTH)
 
 
 def attention(
@@ -227,29 +211,29 @@ def attention(
     _check(query, keys, values, launch, key_count, query_count, partials, log_sums)
     check_output(out, (b, t, q, k), scale)
     split = launch.splits > 1
-    main, tail = _head_blocks(k)
+    width = _head_block(k)
+    strides = [stride for one in (query, keys, values) for stride in one.stride()[:3]]
+    unit = math.gcd(*strides, _ALIGNED)
     grid = (triton.cdiv(t * q // kv, launch.block_m), launch.splits, b * kv)
     _attention_kernel[grid](
         query, keys, values, partials if split else out, log_sums if split else None,
         None if split else scale, key_count, query_count, b, t, s, kv, k**-0.5 * _LOG2_E,
-        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        GROUP=q // kv, HEAD=k, MAIN=main, TAIL=tail, SPLITS=launch.splits,
+        *(stride // unit for stride in strides),
+        GROUP=q // kv, HEAD=k, WIDTH=width, UNIT=unit, SPLITS=launch.splits,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **launch.options(),
     )  # fmt: skip
     if split:
         rows, block = b * t * q, 4
         _merge_kernel[(triton.cdiv(rows, block),)](
             partials, log_sums, out, scale, query_count, rows, t, q,
-            HEAD=k, WIDTH=triton.next_power_of_2(k), SPLITS=launch.splits, BLOCK_M=block,
+            HEAD=k, WIDTH=width, SPLITS=launch.splits, BLOCK_M=block,
             **Launch(pdl=launch.pdl).options(),
         )  # fmt: skip
 
 
-def _head_blocks(head_dim: int) -> tuple[int, int]:
-    """Powers of two, at least 16, that cover a head: 72 as 64 + 16 costs less than 128."""
-    main = max(16, 1 << (head_dim.bit_length() - 1))
-    tail = head_dim - main
-    return main, 0 if tail <= 0 else max(16, triton.next_power_of_2(tail))
+def _head_block(head_dim: int) -> int:
+    """What a head is padded to: the next power of two that a product can have."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _check(
@@ -351,7 +335,7 @@ def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
 
 def _shared_bytes(case: Case, block_m: int, block_n: int, stages: int) -> int:
     rows = block_m + 2 * stages * block_n
-    return rows * sum(_head_blocks(case["k"])) * case.dtype.itemsize
+    return rows * _head_block(case["k"]) * case.dtype.itemsize
 
 
 def _cases() -> Iterator[Case]:
@@ -364,7 +348,7 @@ def _cases() -> Iterator[Case]:
     ragged = {"b": 2, "t": 7, "q": 4, "k": 10, "s": 45, "kv": 2, "missing": 5}
     yield Case("ragged", ragged, real=False)
     ragged = {"b": 3, "t": 19, "q": 3, "k": 72, "s": 70, "kv": 1, "missing": 11}
-    yield Case("ragged-tail", ragged, out_dtype=FP8, real=False)
+    yield Case("ragged-head", ragged, out_dtype=FP8, real=False)
 
 
 SPEC = KernelSpec("attention", tuple(_cases()), _problem, _launches)

@@ -14,18 +14,23 @@ _LINE_BYTES = 128
 # Programs that keep the memory of a large GPU busy; the default comes closest to it.
 _PROGRAMS = 256
 
-# block_m, block_n, num_warps, num_stages; a step along K is a line of memory.
+# block_m, block_n, lines of memory a step along K, num_warps, num_stages.
 _MANY_ROWS = (
-    (128, 128, 8, 3),
-    (128, 128, 4, 3),
-    (128, 128, 8, 4),
-    (128, 256, 8, 3),
-    (128, 256, 8, 4),
-    (64, 256, 4, 4),
-    (64, 128, 4, 4),
-    (128, 64, 4, 4),
-    (64, 64, 4, 5),
+    (128, 128, 1, 8, 4),
+    (128, 128, 1, 4, 3),
+    (128, 128, 2, 8, 2),
+    (128, 256, 1, 8, 3),
+    (128, 256, 1, 8, 4),
+    (64, 256, 1, 4, 4),
+    (64, 128, 1, 4, 4),
+    (64, 128, 2, 4, 2),
+    (128, 64, 1, 4, 4),
+    (64, 64, 1, 4, 6),
 )
+# Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does.
+_FAST_SUM = 8192
+# Steps of K (128 products each) that join an fp32 sum together beyond it.
+_PROMOTE = 4
 # block_n, lines of memory a step along K, num_stages.
 _FEW_ROWS = ((64, 1, 4), (64, 1, 6), (64, 2, 3), (32, 1, 6), (32, 2, 4), (16, 2, 5), (128, 1, 4))
 
@@ -37,19 +42,33 @@ def linear_launches(
     if m <= FEW_ROWS:
         launches = _few_rows(n, k, itemsize, device)
     else:
-        launches = _many_rows(k, itemsize, device)
+        launches = _many_rows(m, n, k, itemsize, device)
     return tuple(one for one in launches if one.shared_bytes(itemsize) <= device.shared_bytes)
 
 
-def _many_rows(k: int, itemsize: int, device: Device) -> list[TileLaunch]:
-    step = _LINE_BYTES // itemsize
-    pdl = device.is_hopper_or_newer
+def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[TileLaunch]:
+    hopper = device.is_hopper_or_newer
     plain = [
-        TileLaunch(block_m=m, block_n=n, block_k=step, num_warps=warps, num_stages=stages, pdl=pdl)
-        for m, n, warps, stages in _MANY_ROWS
+        TileLaunch(
+            block_m=block_m, block_n=block_n, block_k=lines * _LINE_BYTES // itemsize,
+            num_warps=warps, num_stages=stages, pdl=hopper,
+            promote=_PROMOTE if itemsize == 1 and k > _FAST_SUM else 0,
+        )
+        for block_m, block_n, lines, warps, stages in _MANY_ROWS
+    ]  # fmt: skip
+    if not hopper or k * itemsize % 16:
+        return plain
+    with_tma = [dataclasses.replace(one, tma=True) for one in plain]
+    persistent = [
+        dataclasses.replace(one, programs=device.multiprocessors)
+        for one in with_tma
+        if _tiles(one, m, n) > device.multiprocessors
     ]
-    descriptors_align = device.is_hopper_or_newer and k * itemsize % 16 == 0
-    return plain + [dataclasses.replace(one, tma=True) for one in plain if descriptors_align]
+    return with_tma + persistent + plain
+
+
+def _tiles(launch: TileLaunch, m: int, n: int) -> int:
+    return math.ceil(m / launch.block_m) * math.ceil(n / launch.block_n)
 
 
 def _few_rows(n: int, k: int, itemsize: int, device: Device) -> list[TileLaunch]:

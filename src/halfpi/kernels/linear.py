@@ -36,6 +36,7 @@ from halfpi.kernels.tile import (
     gelu_tanh,
     linear_tile,
     store,
+    tile_count,
     tile_origin,
     valid_count,
 )
@@ -68,14 +69,19 @@ def _linear_kernel(
     x, weight, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
     GELU: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row, col = tile_origin(tl.program_id(0), M, BLOCK_M, BLOCK_N)
+    first = tl.program_id(0)
+    col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
     begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     valid = valid_count(count, 0, M)
-    if row < valid:
+    tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
+    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
+        row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         value = linear_tile(
-            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA
+            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
         cols = col + tl.arange(0, BLOCK_N)[None, :]
@@ -110,14 +116,14 @@ def linear(
 
     x: (m, k), weight: (n, k), both bfloat16, E4M3 or fp32. alpha: fp32 (1,), the product of the
     scales of E4M3 operands. bias: fp32 (n,). gate: fp32 (m or 1, n), of any row stride. residual:
-    as `out`. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid;
-    others are neither computed nor written. partials: see `launch_linear`.
+    (m, n), as `out` or fp32. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows
+    that are valid; others are neither computed nor written. partials: see `launch_linear`.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
     m, n = x.shape[0], weight.shape[0]
     check_output(out, (m, n), scale)
-    check("residual", residual, (m, n), out.dtype)
+    check("residual", residual, (m, n), out.dtype, torch.float32)
     check("bias", bias, (n,), torch.float32)
     check("alpha", alpha, (1,), torch.float32)
     check("count", count, (1,), torch.int32)

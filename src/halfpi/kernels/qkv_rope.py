@@ -38,6 +38,7 @@ from halfpi.kernels.tile import (
     begin_product,
     linear_tile,
     split_pairs,
+    tile_count,
     tile_origin,
     valid_count,
 )
@@ -76,14 +77,19 @@ def _qkv_rope_kernel(
     Q_WIDTH: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD: tl.constexpr, capacity,
     M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row, col = tile_origin(tl.program_id(0), M, BLOCK_M, BLOCK_N)
+    first = tl.program_id(0)
+    col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
     begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     valid = valid_count(count, 0, M)
-    if row < valid:
+    tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
+    for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
+        row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         product = linear_tile(
-            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA
+            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
         places = rows if offset is None else rows + tl.load(offset)

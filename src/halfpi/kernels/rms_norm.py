@@ -1,4 +1,8 @@
-"""RMSNorm of the prefix, quantised in the same kernel when an FP8 product reads it."""
+"""RMSNorm of the prefix, quantised in the same kernel when an FP8 product reads it.
+
+When the block before left partial products (`split_linear`), the same kernel first adds them to the
+residual stream.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from halfpi.kernels.spec import (
     Device,
     KernelSpec,
     Launch,
+    Output,
     Problem,
     check,
     check_output,
@@ -24,15 +29,28 @@ from halfpi.kernels.spec import (
     poisoned_output,
     row_launches,
 )
-from halfpi.kernels.tile import begin, store, valid_count
+from halfpi.kernels.tile import begin, partial_row, store, valid_count
 
 # Of every norm in π0.5 (openpi gemma.py, siglip.py).
 NORM_EPS = 1e-6
 
 
-def rms_norm_reference(x: Tensor, gain: Tensor) -> tuple[Tensor]:
-    """x / rms(x) · gain → (m, d), in fp32. x: (m, d), gain: (d,), Gemma's 1 + weight."""
-    return (F.rms_norm(x.float(), gain.shape, gain, NORM_EPS),)
+def rms_norm_reference(
+    x: Tensor,
+    gain: Tensor,
+    partials: Tensor | None = None,
+    alpha: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What is left of `x` (m, d), if there are partials, and its norm in fp32, both (m, d).
+
+    x' = x + alpha · Σ partials and out = x' / rms(x') · gain. gain: (d,), Gemma's 1 + weight.
+    partials: (splits, m, d). alpha: (1,).
+    """
+    if partials is not None:
+        update = partials.sum(0)
+        x = x + (update if alpha is None else update * alpha).to(x.dtype)
+    out = F.rms_norm(x.float(), gain.shape, gain, NORM_EPS)
+    return (out,) if partials is None else (x, out)
 
 
 @triton.jit
@@ -43,8 +61,8 @@ def rms_normalised(value, D, EPS: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    x, gain, out, scale, count, M, D,
-    EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    x, gain, partials, alpha, out, scale, count, M, D,
+    SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
@@ -52,9 +70,13 @@ def _rms_norm_kernel(
     factor = tl.load(gain + cols, mask=inside, other=0.0)
     begin(PDL)
     if row < valid_count(count, 0, M):
-        value = tl.load(x + row * D + cols, mask=inside, other=0.0).to(tl.float32)
-        value = rms_normalised(value, D, EPS) * factor
-        store(out + row * D + cols, value, scale, inside)
+        places = row * D + cols
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        if SPLITS > 0:
+            update = partial_row(partials, places, inside, M * D, SPLITS)
+            value += update if alpha is None else update * tl.load(alpha)
+            tl.store(x + places, value.to(x.dtype.element_ty), mask=inside)
+        store(out + places, rms_normalised(value, D, EPS) * factor, scale, inside)
 
 
 def rms_norm(
@@ -63,44 +85,61 @@ def rms_norm(
     out: Tensor,
     launch: Launch,
     *,
+    partials: Tensor | None = None,
+    alpha: Tensor | None = None,
     scale: Tensor | None = None,
     count: Tensor | None = None,
 ) -> None:
-    """Write `rms_norm_reference` to `out` (m, d).
+    """Write `rms_norm_reference` to `out` and, with partials, to `x` in place, both (m, d).
 
-    x: bfloat16 (m, d). gain: fp32 (d,). scale: fp32 (1,), quantises an E4M3 `out`. count: int32
-    (1,), the rows that are valid; others are neither read nor written.
+    x: bfloat16 (m, d). gain: fp32 (d,). partials: (splits, m, d) from `split_linear`. alpha: fp32
+    (1,), the product of the scales of what `split_linear` read. scale: fp32 (1,), quantises an E4M3
+    `out`. count: int32 (1,), the rows that are valid; others are neither read nor written.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
     m, d = x.shape
+    splits = 0 if partials is None else partials.shape[0]
     check("x", x, (m, d), *FLOATS)
     check("gain", gain, (d,), torch.float32)
+    check("partials", partials, (splits, m, d), *FLOATS)
+    check("alpha", alpha, (1,), torch.float32)
     check_output(out, (m, d), scale)
     check("count", count, (1,), torch.int32)
     _rms_norm_kernel[(m,)](
-        x, gain, out, scale, count, m, d,
-        EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
+        x, gain, partials, alpha, out, scale, count, m, d,
+        SPLITS=splits, EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
     )  # fmt: skip
 
 
 def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
-    m, d = case["m"], case["d"]
+    m, d, splits = case["m"], case["d"], case["splits"]
     inputs = {
         "x": (3 * torch.randn(m, d, device=device)).to(case.dtype),
         "gain": 1 + 0.3 * torch.randn(d, device=device),
     }
-    output = poisoned_output((m, d), case, device, torch.arange(m) < case["valid"])
+    if splits:
+        inputs["partials"] = torch.randn(splits, m, d, device=device).to(case.workspace_dtype)
+        inputs["alpha"] = torch.full((1,), 0.5, device=device)
+    valid = torch.arange(m) < case["valid"]
+    x, output = (
+        Output(inputs["x"].clone(), valid=valid),
+        poisoned_output((m, d), case, device, valid),
+    )
     count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     return Problem(
         run=lambda: rms_norm(
-            **inputs, out=output.tensor, launch=launch, scale=output.scale, count=count
+            **{**inputs, "x": x.tensor},
+            out=output.tensor,
+            launch=launch,
+            scale=output.scale,
+            count=count,
         ),
         reference=rms_norm_reference,
         inputs=inputs,
-        outputs=(output,),
-        flops=4 * m * d,
-        bytes=moved_bytes(inputs, output.tensor),
+        outputs=(x, output) if splits else (output,),
+        flops=(4 + splits) * m * d,
+        bytes=moved_bytes(inputs, output.tensor, *([x.tensor] if splits else [])),
     )
 
 
@@ -109,10 +148,13 @@ def _launches(case: Case, device: Device) -> tuple[Launch, ...]:
 
 
 def _cases() -> Iterator[Case]:
+    prefill = {"m": 968, "d": 2048, "valid": 968, "splits": 0}
     for out_dtype in (torch.bfloat16, FP8):
-        yield Case("prefill", {"m": 968, "d": 2048, "valid": 968}, out_dtype=out_dtype)
-    yield Case("ragged", {"m": 9, "d": 72, "valid": 7}, real=False)
-    yield Case("ragged-wide", {"m": 3, "d": 300, "valid": 3}, out_dtype=FP8, real=False)
+        yield Case("prefill", prefill, out_dtype=out_dtype)
+        yield Case("prefill-sum", {**prefill, "splits": 2}, out_dtype=out_dtype)
+    yield Case("ragged", {"m": 9, "d": 72, "valid": 7, "splits": 0}, real=False)
+    ragged = {"m": 3, "d": 300, "valid": 3, "splits": 3}
+    yield Case("ragged-wide", ragged, out_dtype=FP8, real=False)
 
 
 SPEC = KernelSpec("rms_norm", tuple(_cases()), _problem, _launches)

@@ -46,17 +46,23 @@ class Device:
     """What launches depend on.
 
     capability: 90 for sm_90. shared_bytes: the most shared memory a block can have.
+    multiprocessors: how many blocks of that size run at a time.
     """
 
     capability: int
     shared_bytes: int
+    multiprocessors: int = 132
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
         """The CUDA `device` as it reports itself."""
         properties = torch.cuda.get_device_properties(device)
         capability = 10 * properties.major + properties.minor
-        return cls(capability, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        return cls(
+            capability,
+            properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+            properties.multi_processor_count,
+        )
 
     @property
     def is_hopper_or_newer(self) -> bool:

@@ -33,7 +33,14 @@ from halfpi.kernels.spec import (
     poisoned_output,
     random_operands,
 )
-from halfpi.kernels.tile import TileLaunch, begin_product, product_tile, store, tile_origin
+from halfpi.kernels.tile import (
+    TileLaunch,
+    begin_product,
+    product_tile,
+    store,
+    tile_origin,
+    valid_count,
+)
 
 # Sums of partial products are small kernels; their time hardly depends on the tile.
 _SUM_TILE = {"BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_K": 16}
@@ -51,37 +58,52 @@ def split_linear_reference(x: Tensor, weight: Tensor, split_k: int, block_k: int
 
 @triton.jit
 def _split_linear_kernel(
-    x, weight, partials, M, N, K, SPLIT_K: tl.constexpr,
+    x, weight, partials, count, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row, col = tile_origin(tl.program_id(0), M, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
-    length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    STEP: tl.constexpr = BLOCK_K * (PROMOTE if PROMOTE > 0 else 1)
+    length = tl.cdiv(tl.cdiv(K, STEP), SPLIT_K) * STEP
     k_first = split * length
     begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
-    acc = product_tile(
-        x, weight, row, col, k_first, tl.minimum(k_first + length, K), M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA,
-    )  # fmt: skip
-    rows = row + tl.arange(0, BLOCK_M)[:, None]
-    cols = col + tl.arange(0, BLOCK_N)[None, :]
-    store(partials + (split * M + rows) * N + cols, acc, None, (rows < M) & (cols < N))
+    valid = valid_count(count, 0, M)
+    if row < valid:
+        acc = product_tile(
+            x, weight, row, col, k_first, tl.minimum(k_first + length, K), M, N, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
+        )  # fmt: skip
+        rows = row + tl.arange(0, BLOCK_M)[:, None]
+        cols = col + tl.arange(0, BLOCK_N)[None, :]
+        inside = (rows < valid) & (cols < N)
+        store(partials + (split * M + rows) * N + cols, acc, None, inside)
 
 
-def split_linear(x: Tensor, weight: Tensor, partials: Tensor, launch: TileLaunch) -> None:
+def split_linear(
+    x: Tensor,
+    weight: Tensor,
+    partials: Tensor,
+    launch: TileLaunch,
+    *,
+    count: Tensor | None = None,
+) -> None:
     """Write the products over `launch.split_k` ranges of K, see `split_linear_reference`.
 
     x: (m, k), weight: (n, k), both bfloat16 or both E4M3. partials: (split_k, m, n), float32 or
-    bfloat16. Raises ValueError naming the tensor that is not so.
+    bfloat16. count: int32 (1,), the rows that are valid; others are neither computed nor written.
+
+    Raises ValueError naming the tensor that is not so.
     """
     (m, k), n = x.shape, weight.shape[0]
     check("x", x, (m, k), FP8, *FLOATS)
     check("weight", weight, (n, k), x.dtype)
     check("partials", partials, (launch.split_k, m, n), *FLOATS)
+    check("count", count, (1,), torch.int32)
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
     _split_linear_kernel[(tiles, launch.split_k)](
-        *_operands(x, weight, launch), partials, m, n, k, **_tile_constants(launch, k)
+        *_operands(x, weight, launch), partials, count, m, n, k, **_tile_constants(launch, k)
     )
 
 
@@ -110,8 +132,12 @@ def launch_linear(
     else:
         split_linear(x, weight, partials, launch)
         operands = (partials, None)
-        tile = _tile_constants(dataclasses.replace(launch, ahead=0, tma=False), k) | _SUM_TILE
-    grid = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+        plain = dataclasses.replace(launch, ahead=0, tma=False, promote=0)
+        tile = _tile_constants(plain, k) | _SUM_TILE
+    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    persistent = launch.split_k == 1 and launch.programs > 0
+    grid = min(tiles, launch.programs) if persistent else tiles
+    tile["PERSISTENT"] = persistent
     kernel[(grid,)](*operands, *arguments, m, n, k, **constants, **tile)
 
 
@@ -131,9 +157,10 @@ def _tile_constants(launch: TileLaunch, k: int) -> dict[str, Any]:
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "BLOCK_K": launch.block_k,
-        "EVEN_K": k % launch.block_k == 0,
+        "EVEN_K": launch.tma or k % (launch.block_k * max(launch.promote, 1)) == 0,
         "AHEAD": launch.ahead,
         "TMA": launch.tma,
+        "PROMOTE": launch.promote,
         **launch.options(),
     }
 
@@ -141,11 +168,18 @@ def _tile_constants(launch: TileLaunch, k: int) -> dict[str, Any]:
 def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
     m, n, k = case["m"], case["n"], case["k"]
     x, weight, _ = random_operands(m, n, k, case.dtype, device)
-    partials = poisoned_output((launch.split_k, m, n), case, device)
+    valid = (torch.arange(m) < case["valid"]).expand(launch.split_k, m)
+    partials = poisoned_output((launch.split_k, m, n), case, device, valid)
+    count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     return Problem(
-        run=lambda: split_linear(x, weight, partials.tensor, launch),
+        run=lambda: split_linear(x, weight, partials.tensor, launch, count=count),
         reference=split_linear_reference,
-        inputs={"x": x, "weight": weight, "split_k": launch.split_k, "block_k": launch.block_k},
+        inputs={
+            "x": x,
+            "weight": weight,
+            "split_k": launch.split_k,
+            "block_k": launch.block_k * max(launch.promote, 1),
+        },
         outputs=(partials,),
         flops=2 * m * n * k,
         bytes=moved_bytes({"x": x, "weight": weight}, partials.tensor[0]),
@@ -157,12 +191,19 @@ def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
 
 
 def _cases() -> Iterator[Case]:
-    real = {"out": (50, 1024, 2048), "down": (50, 1024, 4096)}
+    real = {
+        "vision-fc2": (768, 1152, 4304),
+        "vision-out": (768, 1152, 1152),
+        "prefill-down": (968, 2048, 16384),
+        "prefill-out": (968, 2048, 2048),
+        "expert-out": (50, 1024, 2048),
+        "expert-down": (50, 1024, 4096),
+    }
     for name, (m, n, k) in real.items():
         for dtype in (torch.bfloat16, FP8):
-            yield Case(name, {"m": m, "n": n, "k": k}, dtype)
-    yield Case("ragged", {"m": 23, "n": 72, "k": 80}, real=False)
-    yield Case("ragged-k", {"m": 70, "n": 40, "k": 144}, FP8, real=False)
+            yield Case(name, {"m": m, "n": n, "k": k, "valid": m}, dtype)
+    yield Case("ragged", {"m": 23, "n": 72, "k": 80, "valid": 17}, real=False)
+    yield Case("ragged-k", {"m": 70, "n": 40, "k": 144, "valid": 70}, FP8, real=False)
 
 
 SPEC = KernelSpec("split_linear", tuple(_cases()), _problem, _launches)

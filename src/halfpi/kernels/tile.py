@@ -27,9 +27,12 @@ class TileLaunch(Launch):
     """Knobs of a linear operation.
 
     block_m × block_n is the tile of the output, block_k the step along K. split_k: how many
-    programs share one tile; more than one needs a workspace. ahead: how many steps of weights are
-    fetched into L2 before waiting for the kernel before (with pdl). tma: read through tensor
-    descriptors (sm_90 and newer).
+    programs share one tile; more than one needs a workspace. programs: how many share all tiles,
+    one after another, so that loads of the next tile overlap what ends this one; 0 is one each.
+    ahead: how many steps of weights are fetched into L2 before waiting for the kernel before (with
+    pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how many steps an
+    E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14 bits
+    (DeepSeek-V3 2024, 3.3.2); 0 is never.
     """
 
     block_m: int = 128
@@ -38,6 +41,8 @@ class TileLaunch(Launch):
     split_k: int = 1
     ahead: int = 0
     tma: bool = False
+    programs: int = 0
+    promote: int = 0
 
     def __post_init__(self) -> None:
         if self.ahead and (self.tma or not self.pdl):
@@ -98,10 +103,32 @@ def tile_origin(tile, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def tile_count(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Output tiles of M rows and N columns."""
+    return tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+
+
+@triton.jit
+def _operand_tile(
+    operand, rows, row, k, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr
+):
+    """(rows, BLOCK_K) of `operand` (·, K) from column k on: at `row`, or at the `rows` pointers."""
+    if TMA:
+        tile = operand.load([row, k])
+    else:
+        ks = k + tl.arange(0, BLOCK_K)[None, :]
+        if EVEN_K:
+            tile = tl.load(operand + rows + ks)
+        else:
+            tile = tl.load(operand + rows + ks, mask=ks < K, other=0.0)
+    return tile
+
+
+@triton.jit
 def product_tile(
     x, weight, row, col, k_first, k_last, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
     """fp32 tile of x (M, K) · weight (N, K)ᵀ over k_first ≤ k < k_last, from (row, col) on.
 
@@ -111,16 +138,19 @@ def product_tile(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None] * K
     cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[:, None] * K
-    for k in range(k_first, k_last, BLOCK_K):
-        if TMA:
-            x_tile, weight_tile = x.load([row, k]), weight.load([col, k])
+    for k in range(k_first, k_last, BLOCK_K * (PROMOTE if PROMOTE > 0 else 1)):
+        if PROMOTE > 0:
+            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for step in tl.static_range(PROMOTE):
+                ks = k + step * BLOCK_K
+                x_tile = _operand_tile(x, rows, row, ks, K, BLOCK_K, EVEN_K, TMA)
+                weight_tile = _operand_tile(weight, cols, col, ks, K, BLOCK_K, EVEN_K, TMA)
+                part = tl.dot(x_tile, weight_tile.T, part)
+            acc += part
         else:
-            ks = k + tl.arange(0, BLOCK_K)[None, :]
-            inside = None if EVEN_K else ks < K
-            beyond = None if EVEN_K else 0.0
-            x_tile = tl.load(x + rows + ks, mask=inside, other=beyond)
-            weight_tile = tl.load(weight + cols + ks, mask=inside, other=beyond)
-        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
+            x_tile = _operand_tile(x, rows, row, k, K, BLOCK_K, EVEN_K, TMA)
+            weight_tile = _operand_tile(weight, cols, col, k, K, BLOCK_K, EVEN_K, TMA)
+            acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
     return acc
 
 
@@ -140,17 +170,26 @@ def partial_tile(
 
 
 @triton.jit
+def partial_row(partials, places, inside, size, SPLITS: tl.constexpr):
+    """fp32 sum of `partials` (SPLITS, `size` elements) at the places of a row, in a fixed order."""
+    total = tl.load(partials + places, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partials + split * size + places, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def linear_tile(
     x, weight, alpha, row, col, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
     """fp32 tile of alpha · x · weightᵀ; with SPLIT_K > 1, x holds partial products."""
     if SPLIT_K > 1:
         acc = partial_tile(x, row, col, M, N, SPLIT_K, BLOCK_M, BLOCK_N)
     else:
         acc = product_tile(
-            x, weight, row, col, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA
+            x, weight, row, col, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE
         )  # fmt: skip
     return acc if alpha is None else acc * tl.load(alpha)
 

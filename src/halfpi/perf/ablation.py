@@ -73,8 +73,7 @@ def bench_ablation(
         variants = {name: _variant(model, case, name) for name in VARIANTS if name in names}
         errors = {name: error_of(one.actions, model, case) for name, one in variants.items()}
         counts = {
-            name: count_kernels(kernel_names(partial(one.run, 0)))
-            for name, one in variants.items()
+            name: count_kernels(kernel_names(partial(one.run, 0))) for name, one in variants.items()
         }
         calls = {name: one.run for name, one in variants.items()}
         times = measure(calls, "cuda" if on_gpu else "host", repeats=repeats)

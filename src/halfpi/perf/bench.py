@@ -159,16 +159,14 @@ def _record(
     engine = subject.engine
     floor_ms = stage_floors(engine.config, case, engine.device)
     known = {"floor_ms": floor_ms, "peak_bytes": subject.peak_bytes}
-    return measured_record(
-        benchmark, subject.backend, case, engine.device, ms, **known, **others
-    )
+    return measured_record(benchmark, subject.backend, case, engine.device, ms, **known, **others)
 
 
 def stage_calls(subject: Subject, case: Case) -> dict[str, Call]:
     """Stage → a call that runs it; "total" runs all three."""
     if isinstance(subject.engine, EagerEngine):
         return _torch_calls(subject.engine, case)
-    engine = cast(GraphEngine, subject.engine)
+    engine = cast("GraphEngine", subject.engine)
     graphs = engine.stage_graphs(case.cameras, case.prompt_tokens, case.steps)
 
     def total(_: int) -> None:
@@ -184,9 +182,7 @@ def _ignoring_index(replay: Callable[[], None]) -> Call:
 
 def _torch_calls(engine: EagerEngine, case: Case) -> dict[str, Call]:
     """The stages in plain or compiled torch, each on one of a few inputs."""
-    rotation = [
-        model_inputs(engine.config, case, engine.device, seed) for seed in range(_ROTATION)
-    ]
+    rotation = [model_inputs(engine.config, case, engine.device, seed) for seed in range(_ROTATION)]
     images = [inputs.images for inputs, _ in rotation]
     noises = [noise for _, noise in rotation]
     tokens = [engine.vision(image) for image in images]

@@ -55,7 +55,7 @@ class MlpVariants:
     def error(self, name: str) -> float:
         """‖output − truth‖ / ‖truth‖ against fp32 on the same weights."""
         wide = GatedMlp(self.plain.down.out_features, self.plain.down.in_features)
-        wide = wide.to(self.x.device)
+        wide = wide.to(self.x.device).requires_grad_(False)
         wide.load_state_dict(self.plain.state_dict())
         truth = wide(self.x.float())
         return float((self.run(name) - truth).norm() / truth.norm())
@@ -102,13 +102,13 @@ def _quantised(plain: GatedMlp, x: Tensor) -> GatedMlp:
     hidden = F.gelu(plain.gate(x), approximate="tanh") * plain.up(x)
     wide = max(_largest(plain.gate.weight), _largest(plain.up.weight))
     narrow = GatedMlp(1, 1)
-    for name, weight_largest, inputs in (
-        ("gate", wide, x),
-        ("up", wide, x),
-        ("down", _largest(plain.down.weight), hidden),
+    for name, layer, weight_largest, inputs in (
+        ("gate", plain.gate, wide, x),
+        ("up", plain.up, wide, x),
+        ("down", plain.down, _largest(plain.down.weight), hidden),
     ):
         scales = scale_for(weight_largest), scale_for(_largest(inputs))
-        narrow.set_submodule(name, Fp8Linear(plain.get_submodule(name), *scales))
+        narrow.set_submodule(name, Fp8Linear(layer, *scales))
     return narrow
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # What a kernel only does → names of such kernels in torch, cuBLAS, cuDNN and Inductor; the first
@@ -20,7 +20,7 @@ _PATTERNS = {
 
 
 def count_kernels(names: Iterable[str]) -> dict[str, int]:
-    """How many of `names` there are, as "kernels", and how many are "casts", "layouts", "copies"."""
+    """How many `names` there are ("kernels"), and how many are "casts", "layouts" or "copies"."""
     kinds = Counter(_kind(name) for name in names)
     return {"kernels": kinds.total(), **{kind: kinds[kind] for kind in _PATTERNS}}
 

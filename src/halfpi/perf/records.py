@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -107,7 +107,7 @@ def record_from_json(line: str) -> Record:
 
 def append_record(record: Record, results: Path) -> Path:
     """Append `record` to results/<device>/<benchmark>.jsonl, and return that file."""
-    path = results / _slug(record.device) / f"{_slug(record.benchmark)}.jsonl"
+    path = results / slug(record.device) / f"{slug(record.benchmark)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (record.to_json() + "\n").encode()
     # One write to a file opened for appending: two benchmarks at once cannot mix their lines.
@@ -132,6 +132,16 @@ def read_records(results: Path) -> list[Record]:
             except RecordError as error:
                 raise RecordError(f"{path}:{number}: {error}") from error
     return records
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """The last measured record of each benchmark, device, engine, case and set of names."""
+    found = {
+        (each.benchmark, each.device, each.engine, *each.case.items(), *each.ms): each
+        for each in records
+        if each.kind == "measured"
+    }
+    return list(found.values())
 
 
 def _check(record: Record) -> None:
@@ -201,14 +211,15 @@ def _is_positive(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """`text` as a file name: "NVIDIA H200" becomes nvidia-h200."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

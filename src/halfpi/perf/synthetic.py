@@ -65,7 +65,9 @@ def random_inputs(
     generator = torch.Generator().manual_seed(seed)
     size, length = config.image_size, case.prompt_tokens
     inputs = ModelInputs(
-        images=torch.rand((1, case.cameras, 3, size, size), generator=generator) * 2 - 1,
+        images=torch.randint(
+            256, (1, case.cameras, size, size, 3), generator=generator, dtype=torch.uint8
+        ),
         image_mask=torch.ones((1, case.cameras), dtype=torch.bool),
         tokens=torch.randint(config.vocab_size, (1, length), generator=generator),
         token_mask=torch.ones((1, length), dtype=torch.bool),

@@ -22,7 +22,7 @@ from halfpi.kernels.tile import TileLaunch
 from halfpi.model import Pi05
 from halfpi.model.attention import Rotation, rotate
 from halfpi.model.gemma import AdaRMSNorm, Attention, GatedMlp, RMSNorm
-from halfpi.model.siglip import LayerNorm, Mlp, SelfAttention
+from halfpi.model.siglip import LayerNorm, SelfAttention
 from halfpi.quant import Scales, quantise, quantised_sites
 
 
@@ -93,7 +93,7 @@ class Fp8Linear(nn.Module):
         else:
             sums = (rows.float() @ self.weight.float().t()) * (self.input_scale * self.weight_scale)
             out = (sums if self.bias is None else sums + self.bias).bfloat16()
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], -1)
 
 
 class FusedSelfAttention(nn.Module):
@@ -101,13 +101,19 @@ class FusedSelfAttention(nn.Module):
 
     def __init__(self, plain: SelfAttention | FusedSelfAttention) -> None:
         super().__init__()
-        self.heads = plain.heads
+        self.heads: int = plain.heads
+        self.q: nn.Module
+        self.k: nn.Module
+        self.v: nn.Module
+        self.o: nn.Module
         self.q, self.k, self.v, self.o = plain.q, plain.k, plain.v, plain.o
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens of `x` (b, t, d) → (b, t, d)."""
-        heads = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v))
-        out: Tensor = self.o(_attend(*heads, self.o))
+        query, keys, values = (
+            layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v)
+        )
+        out: Tensor = self.o(_attend(query, keys, values, self.o))
         return out
 
 
@@ -129,22 +135,23 @@ class FusedAttention(Attention):
     ) -> Tensor:
         """What `x` (b, t, d) reads from the segments `keys` and `values` → (b, t, d)."""
         query = rotate(self.q(x).unflatten(-1, (-1, self.head_dim)), positions)
-        joined = (
+        all_keys, all_values = (
             (parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)).transpose(1, 2)
             for parts in (keys, values)
         )
-        out: Tensor = self.o(_attend(query, *joined, self.o))
+        out: Tensor = self.o(_attend(query, all_keys, all_values, self.o))
         return out
 
 
 class FusedMlp(nn.Module):
     """The MLP `plain` of FP8 layers: one kernel up to the hidden activations, in E4M3."""
 
-    def __init__(self, plain: Mlp | GatedMlp) -> None:
+    def __init__(self, plain: Any) -> None:
+        """`plain`: a `GatedMlp` or a `Mlp`."""
         super().__init__()
         self.gated = isinstance(plain, GatedMlp)
-        first: Any = plain.gate if isinstance(plain, GatedMlp) else plain.fc1
-        self.last: Any = plain.down if isinstance(plain, GatedMlp) else plain.fc2
+        first = plain.gate if self.gated else plain.fc1
+        self.last = plain.down if self.gated else plain.fc2
         self.weight: Tensor
         self.alpha: Tensor
         self.input_scale: Tensor
@@ -166,7 +173,7 @@ class FusedMlp(nn.Module):
         else:
             run = partial(_run, linear, sizes, inputs | {"bias": self.bias, "gelu": True})
         out: Tensor = self.last(run((rows.shape[0], sizes["n"]), self.last.input_scale))
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], -1)
 
 
 class QuantisingNorm(nn.Module):
@@ -174,6 +181,7 @@ class QuantisingNorm(nn.Module):
 
     def __init__(self, plain: RMSNorm | LayerNorm, scale: Tensor) -> None:
         super().__init__()
+        self.file: ModuleType
         if isinstance(plain, RMSNorm):
             self.file, self.weights = rms_norm, {"gain": 1 + plain.weight}
         else:
@@ -188,11 +196,11 @@ class QuantisingNorm(nn.Module):
         return _run(self.file, sizes, inputs, rows.shape, self.scale).view(x.shape)
 
 
-class QuantisingAdaNorm(nn.Module):
+class QuantisingAdaNorm(AdaRMSNorm):
     """AdaRMSNorm that writes E4M3 with `scale`."""
 
     def __init__(self, plain: AdaRMSNorm, scale: Tensor) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the layer is there already
         self.dense = plain.dense
         self.scale = scale
 

@@ -5,6 +5,9 @@ are three rules. "pil" is openpi's (openpi-client image_tools.py): Pillow's bili
 averages when it shrinks, on uint8. "interpolate" is LeRobot's since 0.5 (modeling_pi05.py): torch's
 bilinear interpolation, which only looks at the four nearest pixels. "interpolate-0.4" is LeRobot's
 0.4, the same but for its padding.
+
+Pillow's pixels stay 8-bit until the model's device normalises them (`to_model`), a quarter of the
+bytes to bring there.
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ def prepare_images(
     """Resize the cameras that are present and stack all `cameras` in their order.
 
     images: camera name → uint8, or float in [0, 1]; (height, width, 3), or (3, height, width).
-    Returns images, float32 (1, n, 3, size, size) in [-1, 1] (padding by `rule`), and image_mask,
-    bool (1, n), False where a camera is absent. An absent camera keeps its place, as in openpi;
+    Returns images, as n of `resize_with_pad` with a batch dimension, and image_mask, bool (1, n),
+    False where a camera is absent. An absent camera keeps its place, as in openpi;
     LeRobot moves it to the end. Both give the same actions: masked tokens are not attended to and
     do not advance the positions.
 
@@ -49,17 +52,31 @@ def prepare_images(
         raise ValueError(f"unknown camera {', '.join(unknown)}: expected {', '.join(cameras)}")
     if not images:
         raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
-    stacked = torch.full((1, len(cameras), 3, size, size), _BLACK)
-    for index, camera in enumerate(cameras):
-        if camera in images:
-            stacked[0, index] = resize_with_pad(camera, images[camera], size, rule)
+    present = {
+        camera: resize_with_pad(camera, images[camera], size, rule)
+        for camera in cameras
+        if camera in images
+    }
+    absent = _blank(size, rule, _BLACK)
+    stacked = torch.stack([present.get(camera, absent) for camera in cameras])[None]
     return stacked, torch.tensor([[camera in images for camera in cameras]])
+
+
+def to_model(images: Tensor) -> Tensor:
+    """Prepared images as the model reads them: float32 (..., 3, h, w) in [-1, 1].
+
+    images: uint8 (..., h, w, 3), or float32 that is so already.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    return (images.float() / 255 * 2 - 1).movedim(-1, -3)
 
 
 def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRule) -> Tensor:
     """Scale `image` into a square, keeping its aspect, and centre it on padding.
 
-    image: as in `prepare_images`. Returns float32 (3, size, size).
+    image: as in `prepare_images`. Returns uint8 (size, size, 3) by the rule "pil", by the others
+    float32 (3, size, size) in [-1, 1] but for the padding of "interpolate-0.4".
     Raises ValueError naming `camera` if the image is malformed.
     """
     pixels = _checked(camera, image)
@@ -67,7 +84,7 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
     if rule == "pil":
         pixels = _to_uint8(pixels)
     if (height, width) == (size, size):
-        return _to_model(_unit_interval(pixels))
+        return _arranged(pixels, rule)
     ratio = max(width / size, height / size)
     new_height, new_width = int(height / ratio), int(width / ratio)
     if min(new_height, new_width) == 0:
@@ -76,11 +93,23 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
         )
     resize = _resize_pil if rule == "pil" else _resize_interpolate
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    padded = torch.full((3, size, size), _PADDING[rule])
-    padded[:, top : top + new_height, left : left + new_width] = _to_model(
-        resize(pixels, new_height, new_width)
-    )
+    padded = _blank(size, rule, _PADDING[rule])
+    inside = padded if rule == "pil" else padded.movedim(0, -1)
+    inside[top : top + new_height, left : left + new_width] = resize(pixels, new_height, new_width)
     return padded
+
+
+def _blank(size: int, rule: ResizeRule, value: float) -> Tensor:
+    """A square of `value` in the model's range, which is black where pixels are 8-bit."""
+    if rule == "pil":
+        return torch.zeros((size, size, 3), dtype=torch.uint8)
+    return torch.full((3, size, size), value)
+
+
+def _arranged(pixels: NDArray[Any], rule: ResizeRule) -> Tensor:
+    if rule == "pil":
+        return torch.tensor(pixels)
+    return (torch.from_numpy(_unit_interval(pixels)) * 2 - 1).movedim(-1, 0)
 
 
 def _checked(camera: str, image: NDArray[Any]) -> NDArray[Any]:
@@ -115,19 +144,15 @@ def _unit_interval(pixels: NDArray[Any]) -> NDArray[np.float32]:
     return as_float / np.float32(255) if pixels.dtype == np.uint8 else as_float
 
 
-def _resize_pil(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.float32]:
+def _resize_pil(pixels: NDArray[np.uint8], height: int, width: int) -> Tensor:
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return _unit_interval(np.asarray(resized))
+    return torch.from_numpy(np.array(resized))
 
 
-def _resize_interpolate(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+def _resize_interpolate(pixels: NDArray[Any], height: int, width: int) -> Tensor:
+    """Pixels in [-1, 1], (height, width, 3)."""
     chw = torch.from_numpy(_unit_interval(pixels)).permute(2, 0, 1)
     resized = F.interpolate(
         chw[None], size=(height, width), mode="bilinear", align_corners=False
     ).clamp(0, 1)
-    return resized[0].permute(1, 2, 0).numpy()
-
-
-def _to_model(unit: NDArray[np.float32]) -> Tensor:
-    """Pixels in [0, 1], (height, width, 3) → [-1, 1], (3, height, width)."""
-    return torch.from_numpy(unit * 2 - 1).permute(2, 0, 1)
+    return (resized[0] * 2 - 1).permute(1, 2, 0)

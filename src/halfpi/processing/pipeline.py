@@ -30,7 +30,8 @@ from halfpi.types import Observation
 class ModelInputs:
     """What the model reads, on the CPU.
 
-    images: float32 (1, n, 3, h, w). image_mask: bool (1, n), False where a camera is absent.
+    images: uint8 (1, n, h, w, 3) or float32 (1, n, 3, h, w), see `images.to_model`. image_mask:
+    bool (1, n), False where a camera is absent.
     tokens: int64 (1, l). token_mask: bool (1, l), False where the prompt is padded.
     """
 

@@ -213,8 +213,8 @@ class _Cameras:
         encoded, change = self._encoded.get(camera), self._config.camera_change
         if encoded is None or change is None or encoded.age >= self._config.max_age:
             return False
-        difference = (self._pictures[camera] - encoded.picture).abs().max()
-        return float(difference) / 2 <= change  # the model's pixels are in [-1, 1]
+        difference = (self._pictures[camera].int() - encoded.picture.int()).abs().max()
+        return float(difference) / 255 <= change
 
     def grow_older(self) -> None:
         for encoded in self._encoded.values():

@@ -18,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from halfpi.policy import Policy, Precision, load_policy
+from halfpi.config import Backend, Precision
+from halfpi.policy import Policy, load_policy
 from halfpi.sim.environment import MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.record import HELD_OUT_SEED
 from halfpi.sim.tasks import Task
@@ -42,6 +43,7 @@ class EvalConfig:
     execute: int = 8
     max_steps: int = MAX_STEPS
     precision: Precision = "fp32"
+    backend: Backend = "eager"
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "execute", "max_steps"):
@@ -147,7 +149,12 @@ class Worker:
     def __init__(self, config: EvalConfig) -> None:
         torch.set_num_threads(1)  # the processes share the cores among them
         self.policy = load_policy(
-            config.policy, device="cpu", precision=config.precision, num_steps=config.num_steps
+            config.policy,
+            # Episodes share the GPU only where an engine needs one: simulation loads the cores.
+            device="cuda" if config.backend == "triton" else "cpu",
+            precision=config.precision,
+            backend=config.backend,
+            num_steps=config.num_steps,
         )
         self.environment: MetaWorldEnvironment | None = None
 

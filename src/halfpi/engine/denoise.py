@@ -1,0 +1,140 @@
+"""The denoise stage as a chain of kernels: noise to actions, all steps of a schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfpi.config import Pi05Config
+from halfpi.engine.operations import Operations
+from halfpi.engine.packing import ExpertLayer, ExpertWeights, Matrix
+from halfpi.engine.prefill import Cache
+from halfpi.model import Pi05
+
+
+@dataclass(frozen=True)
+class DenoiseInputs:
+    """What a call brings, in device memory.
+
+    actions: fp32 (h, a), noise on the way in, actions on the way out. decided: int32 (1,), how many
+    of them are given. prefix_count, key_count: int32 (1,), valid prefix tokens, and those with the
+    h actions. target: fp32 (h, a), pull: fp32 (h,), gains: fp32 (most steps,), of guidance.
+    """
+
+    actions: Tensor
+    decided: Tensor
+    prefix_count: Tensor
+    key_count: Tensor
+    target: Tensor
+    pull: Tensor
+    gains: Tensor
+
+
+def schedule_times(num_steps: int) -> list[float]:
+    """The time of each Euler step, from 1 (noise) on (LeRobot flow_matching.py)."""
+    return [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
+
+
+@torch.inference_mode()
+def modulation_table(model: Pi05, num_steps: int, device: torch.device) -> Tensor:
+    """All modulations of a schedule, fp32 (steps + 1, 2·depth + 1, 3d); the last row is time 0."""
+    times = torch.tensor([*schedule_times(num_steps), 0.0])
+    condition = model.condition(times.to(model.action_in.weight.device))
+    return torch.stack(model.expert.modulations(condition), 1).to(device)
+
+
+class DenoiseStage:
+    """The expert, integrated over a schedule."""
+
+    def __init__(
+        self,
+        config: Pi05Config,
+        weights: ExpertWeights,
+        operations: Operations,
+        cache: Cache,
+        inputs: DenoiseInputs,
+        narrow: torch.dtype,
+    ) -> None:
+        """Allocate. narrow: dtype of products' inputs."""
+        self._config = config
+        self._weights = weights
+        self._ops = operations
+        self._cache = cache
+        self._inputs = inputs
+        device, rows = inputs.actions.device, inputs.actions.shape[0]
+        width, dtype = config.expert_width, cache.keys.dtype
+        heads = (rows, config.q_heads, config.head_dim)
+        self._residual = torch.empty(rows, width, device=device)
+        self._final = torch.empty(rows, width, device=device)
+        self._normed = torch.empty(rows, width, dtype=narrow, device=device)
+        self._query = torch.empty(heads, dtype=dtype, device=device)
+        self._mixed = torch.empty(heads, dtype=narrow, device=device)
+        self._hidden = torch.empty(rows, config.expert_mlp, dtype=narrow, device=device)
+
+    def enqueue(self, modulations: Tensor) -> None:
+        """All steps of the schedule whose `modulation_table` this is."""
+        times = schedule_times(modulations.shape[0] - 1)
+        for step, time in enumerate(times):
+            # Two rows: this step's, and that of the actions that are given.
+            own = modulations[step :: len(times) - step]
+            self._step(step, time, 1 / len(times), own)
+
+    def _step(self, step: int, time: float, size: float, modulations: Tensor) -> None:
+        ops, inputs, weights = self._ops, self._inputs, self._weights
+        ops.linear(inputs.actions, weights.action_in, self._residual)
+        pending: dict[str, Tensor | None] = {}
+        for index, layer in enumerate(weights.layers):
+            pending = self._layer(index, _at(layer, step), modulations, pending)
+        ops.ada_rms_norm(
+            self._residual, modulations[:, -1], self._final, None,
+            decided=inputs.decided, **pending,
+        )  # fmt: skip
+        out = weights.action_out
+        ops.euler(
+            self._final, out.weight, out.bias, inputs.actions, inputs.target, inputs.pull,
+            inputs.gains[step : step + 1], inputs.decided, time, size,
+        )  # fmt: skip
+
+    def _layer(
+        self, index: int, layer: ExpertLayer, modulations: Tensor, pending: dict[str, Tensor | None]
+    ) -> dict[str, Tensor | None]:
+        """One block; `pending` is the output of the one before, which its first norm adds."""
+        ops, inputs, cache = self._ops, self._inputs, self._cache
+        first, second = modulations[:, 2 * index], modulations[:, 2 * index + 1]
+        keys, values = cache.keys[index], cache.values[index]
+        decided = inputs.decided
+        ops.ada_rms_norm(self._residual, first, self._normed, layer.qkv, decided=decided, **pending)
+        ops.qkv_rope(
+            self._normed, layer.qkv, self._query, keys, values, cache.cos, cache.sin,
+            offset=inputs.prefix_count,
+        )  # fmt: skip
+        ops.attention(
+            self._query[None], keys[None], values[None], self._mixed[None], layer.out,
+            key_count=inputs.key_count,
+        )  # fmt: skip
+        attended = self._pending(
+            ops.split_linear(self._mixed.flatten(1), layer.out), first, layer.out
+        )
+        ops.ada_rms_norm(
+            self._residual, second, self._normed, layer.gate_up, decided=decided, **attended
+        )
+        ops.geglu(self._normed, layer.gate_up, self._hidden, layer.down)
+        return self._pending(self._hidden, layer.down, second)
+
+    def _pending(self, x: Tensor, matrix: Matrix, modulation: Tensor) -> dict[str, Tensor | None]:
+        """A block's output as partial products, and what the next norm needs to add them."""
+        gate = modulation[:, 2 * self._config.expert_width :]
+        return {
+            "partials": self._ops.split_linear(x, matrix),
+            "gate": gate,
+            "alpha": matrix.alpha,
+        }
+
+
+def _at(layer: ExpertLayer, step: int) -> ExpertLayer:
+    """The layer with the scales of one step."""
+    return ExpertLayer(
+        layer.qkv.at(step), layer.out.at(step), layer.gate_up.at(step), layer.down.at(step)
+    )

@@ -1,0 +1,124 @@
+"""Everything that a Triton engine decides and allocates before its first call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from halfpi.config import EngineConfig, Pi05Config
+from halfpi.engine.denoise import DenoiseInputs, DenoiseStage, modulation_table
+from halfpi.engine.graphs import Replay, captured
+from halfpi.engine.operations import Operations
+from halfpi.engine.packing import Packer
+from halfpi.engine.prefill import Cache, PrefillStage
+from halfpi.engine.staging import Field, Staging
+from halfpi.engine.vision import VisionStage
+from halfpi.kernels.spec import FP8
+from halfpi.model import Pi05
+from halfpi.quant import Scales
+
+# A prefix runs in the smallest multiple of this that holds it: whole tiles of a product.
+BUCKET_ROWS = 128
+_WORKING = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Buffers and graphs of one engine.
+
+    staging: inputs of a call. images: by dtype, uint8 (n, h, w, 3) and fp32 (n, 3, h, w).
+    embedded: (s, d), rows of the prefix. vision: by dtype of the images, first block and number of
+    blocks. prefill: by rows, ascending. denoise: by number of steps. cold_start_s: what planning
+    took.
+    """
+
+    staging: Staging
+    images: Mapping[torch.dtype, Tensor]
+    embedded: Tensor
+    vision: Mapping[tuple[torch.dtype, int, int], Replay]
+    prefill: Mapping[int, Replay]
+    denoise: Mapping[int, Replay]
+    cold_start_s: float
+
+
+def make_plan(
+    model: Pi05, config: EngineConfig, device: torch.device, scales: Scales | None
+) -> Plan:
+    """Pack `model` for `device`, allocate, compile and capture."""
+    began = time.perf_counter()
+    sizes, working = model.config, _WORKING[config.precision]
+    narrow = FP8 if config.precision == "fp8" else working
+    packer = Packer(model, device, working, scales)
+    operations = Operations(device)
+    prefix_rows = config.max_cameras * sizes.tokens_per_image + config.max_prompt_tokens
+    staging = Staging(_fields(sizes, config), device)
+    embedded = torch.zeros(prefix_rows, sizes.prefix_width, dtype=working, device=device)
+    cache = Cache.empty(sizes, prefix_rows + sizes.horizon, working, device)
+
+    prefill = PrefillStage(
+        sizes, packer.prefix(), operations, embedded, cache, staging.device, narrow
+    )
+    vision = VisionStage(
+        sizes, packer.vision(), operations, embedded, config.max_cameras, (working, narrow)
+    )
+    denoise = DenoiseStage(
+        sizes, packer.expert(), operations, cache, _denoise_inputs(staging), narrow
+    )
+    images = {torch.uint8: vision.pixels, torch.float32: vision.floats}
+    tables = {steps: modulation_table(model, steps, device) for steps in config.num_steps}
+    _fill_for_capture(staging, prefix_rows)
+    return Plan(
+        staging=staging,
+        images=images,
+        embedded=embedded,
+        vision={
+            (dtype, first, count): captured(partial(vision.enqueue, source, first, count), device)
+            for dtype, source in images.items()
+            for first in range(config.max_cameras)
+            for count in range(1, config.max_cameras - first + 1)
+        },
+        prefill={
+            rows: captured(partial(prefill.enqueue, rows), device) for rows in buckets(prefix_rows)
+        },
+        denoise={
+            steps: captured(partial(denoise.enqueue, table), device)
+            for steps, table in tables.items()
+        },
+        cold_start_s=time.perf_counter() - began,
+    )
+
+
+def buckets(rows: int) -> list[int]:
+    """Row counts that prefixes of up to `rows` tokens run in, ascending."""
+    return [*range(BUCKET_ROWS, rows, BUCKET_ROWS), rows]
+
+
+def _fields(sizes: Pi05Config, config: EngineConfig) -> dict[str, Field]:
+    counts = ("image_count", "token_count", "prefix_count", "key_count", "decided")
+    actions = Field((sizes.horizon, sizes.action_dim), torch.float32)
+    return {
+        "tokens": Field((config.max_prompt_tokens,), torch.int32),
+        **dict.fromkeys(counts, Field((1,), torch.int32)),
+        "actions": actions,
+        "target": actions,
+        "pull": Field((sizes.horizon,), torch.float32),
+        "gains": Field((max(config.num_steps),), torch.float32),
+    }
+
+
+def _denoise_inputs(staging: Staging) -> DenoiseInputs:
+    names = ("actions", "decided", "prefix_count", "key_count", "target", "pull", "gains")
+    return DenoiseInputs(**{name: staging.device[name] for name in names})
+
+
+def _fill_for_capture(staging: Staging, prefix_rows: int) -> None:
+    """Counts that kernels can run with while they are compiled."""
+    host = staging.host
+    host["prefix_count"].fill_(prefix_rows)
+    host["key_count"].fill_(prefix_rows + host["actions"].shape[0])
+    staging.upload()

@@ -1,0 +1,118 @@
+"""The prefill stage as kernels: rows of the prefix to keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfpi.config import Pi05Config
+from halfpi.engine.operations import Operations
+from halfpi.engine.packing import PrefixLayer, PrefixWeights
+from halfpi.model.attention import ROPE_BASE
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers, with the rotary factors of every row.
+
+    keys, values: (depth, s, kv, k) in the working dtype; valid prefix tokens come first, actions
+    follow them. cos, sin: fp32 (s, k/2).
+    """
+
+    keys: Tensor
+    values: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def empty(
+        cls, config: Pi05Config, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> Cache:
+        """A cache of zeros: rows that nothing has written yet must at least be finite."""
+        shape = (config.depth, rows, config.kv_heads, config.head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        half = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+        angles = torch.arange(rows, device=device)[:, None] * ROPE_BASE**-half
+        return cls(keys, values, angles.cos(), angles.sin())
+
+
+class PrefillStage:
+    """Gemma over the valid tokens of the prefix, image tokens first.
+
+    embedded: (s, d), where vision writes image tokens and this stage the prompt; it outlives a
+    call, so image tokens can serve again. tokens: int32 (l,). image_count, token_count, count:
+    int32 (1,), valid image tokens, prompt tokens and both together.
+    """
+
+    def __init__(
+        self,
+        config: Pi05Config,
+        weights: PrefixWeights,
+        operations: Operations,
+        embedded: Tensor,
+        cache: Cache,
+        inputs: dict[str, Tensor],
+        narrow: torch.dtype,
+    ) -> None:
+        """Allocate. inputs: tokens and the three counts. narrow: dtype of products' inputs."""
+        self._config = config
+        self._weights = weights
+        self._ops = operations
+        self._embedded = embedded
+        self._cache = cache
+        self._tokens, self._image_count = inputs["tokens"], inputs["image_count"]
+        self._token_count, self._count = inputs["token_count"], inputs["prefix_count"]
+        rows, dtype, device = embedded.shape[0], embedded.dtype, embedded.device
+        width = config.q_heads * config.head_dim
+
+        def empty(size: int, of: torch.dtype) -> Tensor:
+            return torch.empty(rows, size, dtype=of, device=device)
+
+        self._x = empty(config.prefix_width, dtype)
+        self._normed = empty(config.prefix_width, narrow)
+        self._query = empty(width, dtype)
+        self._mixed = empty(width, narrow)
+        self._hidden = empty(config.prefix_mlp, narrow)
+
+    def enqueue(self, rows: int) -> None:
+        """Run the prefix, whose valid tokens fit into `rows`."""
+        ops, weights = self._ops, self._weights
+        ops.embed(
+            self._tokens, weights.embed, self._embedded,
+            offset=self._image_count, count=self._token_count,
+        )  # fmt: skip
+        x, normed = self._embedded[:rows], self._normed[:rows]
+        for index, layer in enumerate(weights.layers):
+            self._layer(index, layer, x)
+            x = self._x[:rows]
+        last = len(weights.layers)
+        ops.rms_norm(x, weights.last_gain, normed, weights.last_kv, self._count)
+        ops.qkv_rope(normed, weights.last_kv, None, *self._cache_of(last), count=self._count)
+
+    def _layer(self, index: int, layer: PrefixLayer, x: Tensor) -> None:
+        ops, count, rows = self._ops, self._count, x.shape[0]
+        config, out = self._config, self._x[:rows]
+        normed, mixed, hidden = (
+            buffer[:rows] for buffer in (self._normed, self._mixed, self._hidden)
+        )
+        query, mixed_heads = (
+            one[:rows].view(1, rows, config.q_heads, config.head_dim)
+            for one in (self._query, self._mixed)
+        )
+        keys, values, *_ = places = self._cache_of(index)
+        ops.rms_norm(x, layer.attn_gain, normed, layer.qkv, count)
+        ops.qkv_rope(normed, layer.qkv, query[0], *places, count=count)
+        ops.attention(
+            query, keys[None, :rows], values[None, :rows], mixed_heads, layer.out,
+            key_count=count, query_count=count,
+        )  # fmt: skip
+        ops.linear(mixed, layer.out, out, residual=x, count=count)
+        ops.rms_norm(out, layer.mlp_gain, normed, layer.gate_up, count)
+        ops.geglu(normed, layer.gate_up, hidden, layer.down, count)
+        ops.linear(hidden, layer.down, out, residual=out, count=count)
+
+    def _cache_of(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cache = self._cache
+        return cache.keys[layer], cache.values[layer], cache.cos, cache.sin

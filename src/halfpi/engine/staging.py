@@ -1,0 +1,56 @@
+"""The small inputs of a call: filled on the host, brought to the device in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Every tensor starts at a multiple of this, as kernels expect of memory.
+_ALIGN_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor of the inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Staging:
+    """`fields` in one stretch of memory on the host, pinned for a GPU, and again on the device.
+
+    host, device: the tensors by name.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
+        size = sum(_aligned(field.nbytes) for field in fields.values())
+        on_gpu = device.type == "cuda"
+        self._from = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
+        self._to = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host = _views(self._from, fields)
+        self.device = _views(self._to, fields)
+
+    def upload(self) -> None:
+        """Copy all of it to the device, on the current stream."""
+        self._to.copy_(self._from, non_blocking=True)
+
+
+def _views(memory: Tensor, fields: Mapping[str, Field]) -> dict[str, Tensor]:
+    views, place = {}, 0
+    for name, field in fields.items():
+        views[name] = memory[place : place + field.nbytes].view(field.dtype).view(field.shape)
+        place += _aligned(field.nbytes)
+    return views
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN_BYTES) * _ALIGN_BYTES

@@ -1,0 +1,192 @@
+"""The engine of halfpi's own kernels: plan once, then copy in, replay, copy out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from halfpi.config import EngineConfig
+from halfpi.engine.denoise import schedule_times
+from halfpi.engine.plan import make_plan
+from halfpi.engine.stopwatch import Stopwatch
+from halfpi.model import Guidance, Pi05
+from halfpi.processing.pipeline import ModelInputs
+from halfpi.quant import Scales
+from halfpi.types import StageTimes
+
+
+class TritonEngine:
+    """Runs `model`'s stages as CUDA graphs, one observation a call.
+
+    Prompt, cameras, noise, given actions and guidance are read from device memory, so no call
+    captures anything. Cameras that are present are packed into the first blocks of the prefix,
+    which keep their image tokens for calls that reuse them. `plan.cold_start_s` says what planning
+    took. Without a GPU the kernels run wherever Triton's interpreter does, which tests use.
+
+    Raises ValueError when the model, the device or the scales do not go with `engine`.
+    """
+
+    def __init__(
+        self,
+        model: Pi05,
+        engine: EngineConfig,
+        device: torch.device,
+        scales: Scales | None = None,
+    ) -> None:
+        self.config = model.config
+        self.engine_config = engine
+        self.device = device
+        self.plan = make_plan(model, engine, device, scales)
+        self._result = torch.zeros(
+            self.config.horizon, self.config.action_dim, pin_memory=device.type == "cuda"
+        )
+        self._image_staging = {
+            dtype: torch.zeros(images.shape, dtype=dtype, pin_memory=device.type == "cuda")
+            for dtype, images in self.plan.images.items()
+        }
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what earlier calls left to keep."""
+        self._blocks: list[int] = []
+        self._prefix_ready = False
+
+    @torch.inference_mode()
+    def run(
+        self,
+        inputs: ModelInputs | None,
+        noise: Tensor,
+        num_steps: int,
+        given: Tensor | None = None,
+        guidance: Guidance | None = None,
+        kept: Collection[int] = (),
+    ) -> tuple[Tensor, StageTimes]:
+        """As `EagerEngine.run`. Raises ValueError, too, for more than was planned."""
+        if num_steps not in self.plan.denoise:
+            planned = ", ".join(map(str, self.plan.denoise))
+            raise ValueError(f"the engine is planned for {planned} Euler steps, got {num_steps}")
+        watch = Stopwatch(self.device)
+        if inputs is None and not self._prefix_ready:
+            raise ValueError("there is no prefix to keep: no call came before this one")
+        if inputs is not None:
+            places = self._check(inputs, kept)
+            self._prefix_ready = False
+            self._set_prompt(inputs, len(places))
+        self._set_actions(noise, num_steps, given, guidance)
+        self.plan.staging.upload()
+        if inputs is not None:
+            self._encode(inputs.images, places, kept)
+            watch.lap("vision_ms")
+            self._prefill_replay(int(self.plan.staging.host["prefix_count"]))()
+            self._prefix_ready = True
+            watch.lap("prefill_ms")
+        self.plan.denoise[num_steps]()
+        watch.lap("denoise_ms")
+        self._result.copy_(self.plan.staging.device["actions"], non_blocking=True)
+        return watch.finished(self._result.clone), watch.times()
+
+    def stage_graphs(
+        self, cameras: int, prompt_tokens: int, num_steps: int
+    ) -> Mapping[str, Callable[[], None]]:
+        """One replay of each stage in that case, on what the last call left in memory."""
+        rows = cameras * self.config.tokens_per_image + prompt_tokens
+        return {
+            "vision": self.plan.vision[torch.uint8, 0, cameras],
+            "prefill": self._prefill_replay(rows),
+            "denoise": self.plan.denoise[num_steps],
+        }
+
+    def _prefill_replay(self, count: int) -> Callable[[], None]:
+        return next(replay for rows, replay in self.plan.prefill.items() if rows >= count)
+
+    def _check(self, inputs: ModelInputs, kept: Collection[int]) -> list[int]:
+        """The places of the cameras that are there."""
+        images, engine = inputs.images, self.engine_config
+        size = self.config.image_size
+        layout = {torch.uint8: (size, size, 3), torch.float32: (3, size, size)}.get(images.dtype)
+        if layout is None or images.shape[2:] != layout or images.shape[0] != 1:
+            raise ValueError(
+                f"images must be uint8 (1, n, {size}, {size}, 3) or float32 (1, n, 3, {size}, "
+                f"{size}), got {images.dtype} {tuple(images.shape)}"
+            )
+        places: list[int] = inputs.image_mask[0].nonzero()[:, 0].tolist()
+        if len(places) > engine.max_cameras:
+            raise ValueError(
+                f"the engine is planned for {engine.max_cameras} cameras, got {len(places)}"
+            )
+        tokens = inputs.tokens[inputs.token_mask]
+        if len(tokens) > engine.max_prompt_tokens:
+            raise ValueError(
+                f"the engine is planned for {engine.max_prompt_tokens} prompt tokens, "
+                f"got {len(tokens)}"
+            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(f"tokens must be in [0, {self.config.vocab_size})")
+        if not places and not len(tokens):
+            raise ValueError("the inputs have neither an image nor a token")
+        for place in set(places).intersection(kept).difference(self._blocks):
+            raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
+        return places
+
+    def _set_prompt(self, inputs: ModelInputs, cameras: int) -> None:
+        host, tokens = self.plan.staging.host, inputs.tokens[inputs.token_mask]
+        images = cameras * self.config.tokens_per_image
+        host["tokens"][: len(tokens)] = tokens
+        host["image_count"].fill_(images)
+        host["token_count"].fill_(len(tokens))
+        host["prefix_count"].fill_(images + len(tokens))
+        host["key_count"].fill_(images + len(tokens) + self.config.horizon)
+
+    def _set_actions(
+        self, noise: Tensor, num_steps: int, given: Tensor | None, guidance: Guidance | None
+    ) -> None:
+        host = self.plan.staging.host
+        host["actions"].copy_(noise)
+        decided = 0 if given is None else len(given)
+        if given is not None:
+            host["actions"][:decided] = given
+        host["decided"].fill_(decided)
+        host["pull"].zero_()
+        if guidance is not None:
+            host["pull"].copy_(guidance.weights)
+            # Rows without weight may hold anything, and anything times zero must be zero.
+            host["target"].copy_(guidance.target.nan_to_num(0.0, 0.0, 0.0))
+            gains = [guidance.gain(time) for time in schedule_times(num_steps)]
+            host["gains"][:num_steps] = torch.tensor(gains)
+
+    def _encode(self, images: Tensor, places: list[int], kept: Collection[int]) -> None:
+        """Bring the image tokens of the cameras at `places` into the first blocks."""
+        self._move_blocks(places, kept)
+        fresh = [block for block, place in enumerate(places) if place not in kept]
+        self._blocks = places
+        if not fresh:
+            return
+        staged, device = self._image_staging[images.dtype], self.plan.images[images.dtype]
+        for block in fresh:
+            staged[block] = images[0, places[block]]
+        device[: len(places)].copy_(staged[: len(places)], non_blocking=True)
+        for first, count in _runs(fresh):
+            self.plan.vision[images.dtype, first, count]()
+
+    def _move_blocks(self, places: list[int], kept: Collection[int]) -> None:
+        """Move the tokens of cameras that stay to where the present set of cameras puts them."""
+        moves = [
+            (block, self._blocks.index(place))
+            for block, place in enumerate(places)
+            if place in kept and self._blocks.index(place) != block
+        ]
+        if moves:
+            rows = self.engine_config.max_cameras * self.config.tokens_per_image
+            blocks = self.plan.embedded[:rows].unflatten(0, (-1, self.config.tokens_per_image))
+            to, source = (list(indices) for indices in zip(*moves, strict=True))
+            blocks[to] = blocks[source]
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending `numbers` as (first, length) of runs without a gap."""
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield run[0], len(run)

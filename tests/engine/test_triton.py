@@ -1,0 +1,92 @@
+"""The planned engine against the eager one, on a CPU: its kernels run in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so this file runs itself in a second
+process. It has no bfloat16 products, so the engine works in fp32 here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.conftest import TINY
+from tests.engine.conftest import inputs_with, noise, random_model
+
+from halfpi.config import EngineConfig
+from halfpi.engine import EagerEngine
+from halfpi.model import Guidance
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+CPU = torch.device("cpu")
+TOLERANCE = 2e-4
+
+
+def check_calls() -> None:
+    """One engine through prompts, camera sets, given actions, guidance and kept parts."""
+    from halfpi.engine.triton import TritonEngine
+
+    model = random_model()
+    config = EngineConfig("triton", "fp32", (2, 3), max_cameras=2, max_prompt_tokens=12)
+    engine, eager = TritonEngine(model, config, CPU), EagerEngine(model)
+    guidance = Guidance(noise(5), torch.linspace(1, 0, TINY.horizon))
+    calls = [
+        (inputs_with([True, True], 7), {}),
+        (inputs_with([False, True], 12, seed=1), {"given": noise(2)[:3]}),
+        (inputs_with([True, False], 1, seed=2), {"guidance": guidance}),
+        (inputs_with([True, True], 9, seed=3), {}),
+        (inputs_with([True, True], 5, seed=4), {"kept": [0]}),
+        (inputs_with([False, True], 5, seed=4), {"kept": [1]}),
+        (inputs_with([True, True], 5, seed=6, uint8=True), {"kept": [1]}),
+        (None, {}),
+    ]
+    for number, (inputs, options) in enumerate(calls):
+        for steps in (2, 3):
+            ours, _ = engine.run(inputs, noise(number), steps, **options)
+            theirs, _ = eager.run(inputs, noise(number), steps, **options)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    check_refusals(engine)
+
+
+def check_refusals(engine: object) -> None:
+    """Each mistake is one error, and the engine works afterwards as before."""
+    run = engine.run  # type: ignore[attr-defined]
+    before, _ = run(inputs_with([True, True], 7), noise(), 2)
+    good = inputs_with([True, True], 7)
+    three = dataclasses.replace(
+        good, images=good.images.repeat(1, 2, 1, 1, 1), image_mask=torch.ones(1, 4).bool()
+    )
+    long = torch.zeros(1, 13, dtype=torch.int64)
+    mistakes = [
+        (good, 5, {}, "planned for 2, 3 Euler steps, got 5"),
+        (three, 2, {}, "planned for 2 cameras, got 4"),
+        (dataclasses.replace(good, tokens=long, token_mask=long == 0), 2, {}, "12 prompt tokens"),
+        (dataclasses.replace(good, images=good.images.double()), 2, {}, "got torch.float64"),
+        (dataclasses.replace(good, tokens=good.tokens + 1000), 2, {}, r"tokens must be in \[0"),
+    ]
+    for inputs, steps, options, message in mistakes:
+        with pytest.raises(ValueError, match=message):
+            run(inputs, noise(), steps, **options)
+    engine.forget()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="no prefix to keep"):
+        run(None, noise(), 2)
+    with pytest.raises(ValueError, match="camera 1 has no image tokens to keep"):
+        run(good, noise(), 2, kept=[1])
+    after, _ = run(good, noise(), 2)
+    assert torch.equal(before, after)
+
+
+def test_the_planned_engine_equals_the_eager_one() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", "from tests.engine.test_triton import check_calls; check_calls()"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
