@@ -15,6 +15,7 @@ from tests.conftest import TINY
 
 from halfpi.checkpoints import CheckpointError, load_model, save_model
 from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
+from halfpi.engine import EagerEngine
 from halfpi.model import Pi05
 from halfpi.policy import NANO, Policy, load_policy
 from halfpi.types import ActionChunk, Observation
@@ -197,6 +198,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_bf16_is_close_to_fp32(policy: Policy) -> None:
     narrow = load_policy("nano", device="cpu", precision="bf16", num_steps=2)
+    assert isinstance(narrow.engine, EagerEngine)
     assert narrow.engine.model.dtype == torch.bfloat16
     one, other = (p.infer(observation(), noise=noise()).normalized for p in (policy, narrow))
     assert 0 < np.abs(one - other).max() < 0.2

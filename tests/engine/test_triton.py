@@ -10,6 +10,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.engine.conftest import inputs_with, noise, random_model
 from halfpi.config import EngineConfig
 from halfpi.engine import EagerEngine
 from halfpi.model import Guidance
+from halfpi.processing.pipeline import ModelInputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -34,7 +36,7 @@ def check_calls() -> None:
     config = EngineConfig("triton", "fp32", (2, 3), max_cameras=2, max_prompt_tokens=12)
     engine, eager = TritonEngine(model, config, CPU), EagerEngine(model)
     guidance = Guidance(noise(5), torch.linspace(1, 0, TINY.horizon))
-    calls = [
+    calls: list[tuple[Any, dict[str, Any]]] = [
         (inputs_with([True, True], 7), {}),
         (inputs_with([False, True], 12, seed=1), {"given": noise(2)[:3]}),
         (inputs_with([True, False], 1, seed=2), {"guidance": guidance}),
@@ -61,7 +63,7 @@ def check_refusals(engine: object) -> None:
         good, images=good.images.repeat(1, 2, 1, 1, 1), image_mask=torch.ones(1, 4).bool()
     )
     long = torch.zeros(1, 13, dtype=torch.int64)
-    mistakes = [
+    mistakes: list[tuple[ModelInputs, int, dict[str, Any], str]] = [
         (good, 5, {}, "planned for 2, 3 Euler steps, got 5"),
         (three, 2, {}, "planned for 2 cameras, got 4"),
         (dataclasses.replace(good, tokens=long, token_mask=long == 0), 2, {}, "12 prompt tokens"),

@@ -91,11 +91,18 @@ class DenoiseStage:
             self._residual, modulations[:, -1], self._final, None,
             decided=inputs.decided, **pending,
         )  # fmt: skip
-        out = weights.action_out
         ops.euler(
-            self._final, out.weight, out.bias, inputs.actions, inputs.target, inputs.pull,
-            inputs.gains[step : step + 1], inputs.decided, time, size,
-        )  # fmt: skip
+            self._final,
+            weight=weights.action_out.weight,
+            bias=weights.action_out.bias,
+            actions=inputs.actions,
+            target=inputs.target,
+            pull=inputs.pull,
+            gain=inputs.gains[step : step + 1],
+            decided=inputs.decided,
+            time=time,
+            step=size,
+        )
 
     def _layer(
         self, index: int, layer: ExpertLayer, modulations: Tensor, pending: dict[str, Tensor | None]
@@ -114,9 +121,7 @@ class DenoiseStage:
             self._query[None], keys[None], values[None], self._mixed[None], layer.out,
             key_count=inputs.key_count,
         )  # fmt: skip
-        attended = self._pending(
-            ops.split_linear(self._mixed.flatten(1), layer.out), first, layer.out
-        )
+        attended = self._pending(self._mixed.flatten(1), layer.out, first)
         ops.ada_rms_norm(
             self._residual, second, self._normed, layer.gate_up, decided=decided, **attended
         )

@@ -117,6 +117,6 @@ class Operations:
             query, keys, values, out, launch, scale=reader.input_scale, **workspace, **counts
         )  # fmt: skip
 
-    def euler(self, hidden: Tensor, *rest: Any) -> None:
+    def euler(self, hidden: Tensor, **rest: Any) -> None:
         """The end of a denoising step, see `halfpi.kernels.euler`."""
-        euler(hidden, *rest, launch=self._launches.row(hidden.shape[1]))
+        euler(hidden, **rest, launch=self._launches.row(hidden.shape[1]))

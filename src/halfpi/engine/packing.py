@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from halfpi.kernels.geglu import interleaved
 from halfpi.kernels.patchify import patch_weight
 from halfpi.kernels.qkv_rope import paired
 from halfpi.model import Pi05
+from halfpi.model.siglip import VisionBlock
 from halfpi.quant import Scales, quantise
 from halfpi.quant.sites import quantised_sites
 
@@ -165,7 +167,7 @@ class Packer:
 
     def _vision_layer(self, index: int) -> VisionLayer:
         path = f"vision.layers.{index}"
-        block = self._model.vision.layers[index]
+        block = cast("VisionBlock", self._model.vision.layers[index])
         return VisionLayer(
             attn_norm=self._layer_norm(block.attn_norm),
             qkv=self._site(f"{path}.attn.qkv"),

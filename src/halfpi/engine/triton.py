@@ -180,7 +180,8 @@ class TritonEngine:
         ]
         if moves:
             rows = self.engine_config.max_cameras * self.config.tokens_per_image
-            blocks = self.plan.embedded[:rows].unflatten(0, (-1, self.config.tokens_per_image))
+            width = self.plan.embedded.shape[1]
+            blocks = self.plan.embedded[:rows].view(-1, self.config.tokens_per_image, width)
             to, source = (list(indices) for indices in zip(*moves, strict=True))
             blocks[to] = blocks[source]
 

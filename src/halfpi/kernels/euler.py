@@ -131,7 +131,7 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
         "pull": torch.rand(m, device=device),
         "gain": torch.full((1,), 1.5, device=device),
     }
-    scalars = {"time": 0.7, "step": 0.1}
+    scalars: dict[str, Any] = {"time": 0.7, "step": 0.1}
     output = Output(tensors["actions"].clone())
     decided = torch.full((1,), case["decided"], dtype=torch.int32, device=device)
     return Problem(

@@ -1,0 +1,157 @@
+"""The planned engine on a GPU, at nano's size: against the model, and against itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tests.conftest import build_pi05
+
+from halfpi.config import PRESETS, EngineConfig
+from halfpi.engine import EagerEngine, Engine, make_engine
+from halfpi.model import Guidance, Pi05
+from halfpi.processing.pipeline import ModelInputs
+from halfpi.quant import Scales, calibrate
+from halfpi.types import Observation
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+NANO = PRESETS["nano"]
+CAMERAS, STEPS = 3, 10
+SETS = [[True] * 3, [True, False, True], [False, True, False], [True, True, False]]
+Result = tuple[torch.Tensor, ...]
+
+
+def inputs_with(cameras: Sequence[bool], length: int, seed: int) -> ModelInputs:
+    generator = torch.Generator().manual_seed(seed)
+    size = NANO.image_size
+    return ModelInputs(
+        images=torch.randint(256, (1, CAMERAS, size, size, 3), generator=generator).to(torch.uint8),
+        image_mask=torch.tensor([list(cameras)]),
+        tokens=torch.randint(NANO.vocab_size, (1, NANO.max_prompt_tokens), generator=generator),
+        token_mask=torch.arange(NANO.max_prompt_tokens)[None] < length,
+    )
+
+
+def noise(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((NANO.horizon, NANO.action_dim), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def model() -> Pi05:
+    return build_pi05(NANO).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def scales(model: Pi05) -> Scales:
+    engine = EagerEngine(model)
+    frames = [inputs_with(SETS[seed % 4], 1 + seed * 7, seed) for seed in range(6)]
+    numbers = iter(range(6))
+
+    def infer(_: Observation) -> None:
+        index = next(numbers)
+        engine.run(frames[index], noise(index), STEPS)
+
+    return calibrate(model, infer, [None] * 6)  # type: ignore[list-item]
+
+
+def planned(model: Pi05, scales: Scales | None, **options: object) -> Engine:
+    config = EngineConfig(
+        "triton",
+        "bf16" if scales is None else "fp8",
+        (STEPS,),
+        max_cameras=CAMERAS,
+        max_prompt_tokens=NANO.max_prompt_tokens,
+        **options,  # type: ignore[arg-type]
+    )
+    return make_engine(model, config, device="cuda", scales=scales)
+
+
+def test_bf16_errs_at_most_twice_what_eager_errs(model: Pi05) -> None:
+    truth = EagerEngine(model)
+    narrow = EagerEngine(build_pi05(NANO).requires_grad_(False).eval().to_dtype(torch.bfloat16))
+    engine = planned(model, None)
+    guidance = Guidance(noise(9), torch.linspace(1, 0, NANO.horizon))
+    options = [{}, {"given": noise(8)[:5]}, {"guidance": guidance}]
+    for number in range(9):
+        inputs = inputs_with(SETS[number % 4], 1 + 5 * number, number)
+        call = (inputs, noise(number), STEPS)
+        expected, theirs, ours = (
+            one.run(*call, **options[number % 3])[0]  # type: ignore[arg-type]
+            for one in (truth, narrow, engine)
+        )
+        assert (ours - expected).norm() <= 2 * (theirs - expected).norm(), number
+
+
+def test_fp8_is_close_to_its_imitation(model: Pi05, scales: Scales) -> None:
+    eager = EngineConfig("eager", "fp8", (STEPS,))
+    imitation = make_engine(build_pi05(NANO).eval(), eager, device="cpu", scales=scales)
+    engine, truth = planned(model, scales), EagerEngine(model)
+    for number in range(4):
+        call = (inputs_with(SETS[number], 9 * number + 1, number), noise(number), STEPS)
+        expected, imitated, ours = (one.run(*call)[0] for one in (truth, imitation, engine))
+        assert (ours - expected).norm() <= 2 * (imitated - expected).norm()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_thousand_calls_equal_fresh_captures(model: Pi05, scales: Scales, precision: str) -> None:
+    """Any prompt, cameras and noise through one engine, in any order, give the same bits."""
+    chosen = scales if precision == "fp8" else None
+    engine = planned(model, chosen)
+    rng = random.Random(0)
+    cases = [(rng.randrange(4), rng.randint(1, NANO.max_prompt_tokens), n) for n in range(50)]
+    fresh = {}
+    for number in range(0, 50, 10):
+        other = planned(model, chosen)
+        for case in cases[number : number + 10]:
+            fresh[case] = run(other, case)
+    for _ in range(1000):
+        case = rng.choice(cases)
+        assert torch.equal(run(engine, case), fresh[case]), case
+
+
+def run(engine: Engine, case: tuple[int, int, int]) -> torch.Tensor:
+    cameras, length, seed = case
+    actions, _ = engine.run(inputs_with(SETS[cameras], length, seed), noise(seed), STEPS)
+    return actions
+
+
+def test_kept_parts_equal_recomputation(model: Pi05) -> None:
+    engine = planned(model, None)
+    inputs = inputs_with(SETS[0], 20, 1)
+    whole, _ = engine.run(inputs, noise(1), STEPS)
+    for kept in ([0], [1], [2], [0, 2], [0, 1, 2]):
+        assert torch.equal(engine.run(inputs, noise(1), STEPS, kept=kept)[0], whole)
+    assert torch.equal(engine.run(None, noise(1), STEPS)[0], whole)
+    fewer = inputs_with(SETS[1], 20, 1)
+    alone, _ = planned(model, None).run(fewer, noise(2), STEPS)
+    assert torch.equal(engine.run(fewer, noise(2), STEPS, kept=[0, 2])[0], alone)
+
+
+def test_one_kernel_equals_a_chain_of_them(model: Pi05) -> None:
+    """The persistent expert, where it can run, against the chain of kernels."""
+    calls = [(inputs_with(SETS[0], 30, 3), noise(3), STEPS)]
+    one, other = (planned(model, None, persistent_expert=flag) for flag in (True, False))
+    for call in calls:
+        torch.testing.assert_close(one.run(*call)[0], other.run(*call)[0], rtol=0, atol=0.1)
+
+
+def test_bad_inputs_leave_the_engine_usable(model: Pi05, scales: Scales) -> None:
+    engine = planned(model, None)
+    inputs = inputs_with(SETS[0], 20, 1)
+    before, _ = engine.run(inputs, noise(1), STEPS)
+    with pytest.raises(ValueError, match="planned for 10 Euler steps, got 11"):
+        engine.run(inputs, noise(1), 11)
+    after, _ = engine.run(inputs, noise(1), STEPS)
+    assert torch.equal(before, after)
+    wrong_steps = EngineConfig("triton", "fp8", (4,))
+    with pytest.raises(ValueError, match="the scales are for 10 Euler steps"):
+        make_engine(model, wrong_steps, device="cuda", scales=scales)
+    with pytest.raises(ValueError, match="fp8 needs scales"):
+        make_engine(model, EngineConfig("triton", "fp8"), device="cuda")
