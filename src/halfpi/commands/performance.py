@@ -16,7 +16,7 @@ from halfpi.kernels.spec import Device
 from halfpi.model import Pi05
 from halfpi.perf.bench import bench_e2e, bench_stages
 from halfpi.perf.bench_kernels import bench_kernel
-from halfpi.perf.cases import Case
+from halfpi.perf.cases import ABLATION, Case
 from halfpi.perf.charts import draw
 from halfpi.perf.engines import engine_config, make_subject
 from halfpi.perf.records import Record, append_record
@@ -89,7 +89,7 @@ def _e2e(options: cli.BenchE2e, device: torch.device) -> Iterator[Record]:
 
 
 def _ablation(options: cli.BenchAblation, device: torch.device) -> list[Record]:
-    from halfpi.perf.ablation import VARIANTS, bench_ablation
+    from halfpi.perf.ablation import bench_ablation
 
     if options.checkpoint not in PRESETS:
         raise ValueError(f"no preset is called {options.checkpoint}: {', '.join(PRESETS)}")
@@ -97,7 +97,7 @@ def _ablation(options: cli.BenchAblation, device: torch.device) -> list[Record]:
     tokens = (options.cameras, options.prompt_tokens)
     case = Case(options.checkpoint, *tokens, config.horizon, steps=10, precision="bf16")
     model = random_model(config, device=device, dtype="bfloat16")
-    names = options.variants or tuple(VARIANTS)
+    names = options.variants or tuple(ABLATION)
     return bench_ablation(model, case, names, repeats=options.repeats)
 
 

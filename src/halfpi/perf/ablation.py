@@ -22,7 +22,7 @@ from halfpi.perf.bench import (
     stage_calls,
     stage_floors,
 )
-from halfpi.perf.cases import Case, Precision
+from halfpi.perf.cases import ABLATION, Case
 from halfpi.perf.engines import engine_config, make_subject, random_scales
 from halfpi.perf.kernel_count import count_kernels, kernel_names
 from halfpi.perf.records import Record
@@ -35,16 +35,7 @@ from halfpi.perf.variants import (
     sharing_copy,
 )
 
-# Variant → its precision, in the order of the waterfall.
-VARIANTS: dict[str, Precision] = {
-    "eager": "bf16",
-    "graph": "bf16",
-    "fused attention": "bf16",
-    "naive fp8": "fp8",
-    "fused fp8": "fp8",
-    "no reformats": "fp8",
-    "restructured expert": "fp8",
-}
+# The last two are engines.
 _ENGINES = ("no reformats", "restructured expert")
 
 
@@ -57,20 +48,20 @@ class _Variant:
 
 
 def bench_ablation(
-    model: Pi05, case: Case, names: Sequence[str] = tuple(VARIANTS), *, repeats: int = 200
+    model: Pi05, case: Case, names: Sequence[str] = tuple(ABLATION), *, repeats: int = 200
 ) -> list[Record]:
     """Time the variants `names` of the bf16 `model` in `case`, a record each.
 
     The numbers of a record have how many kernels a call runs, and how many of those only cast,
     copy or change a layout. Raises ValueError for a variant that does not exist.
     """
-    unknown = [name for name in names if name not in VARIANTS]
+    unknown = [name for name in names if name not in ABLATION]
     if unknown or not names:
-        raise ValueError(f"variants must be of {', '.join(VARIANTS)}, got {', '.join(names)}")
+        raise ValueError(f"variants must be of {', '.join(ABLATION)}, got {', '.join(names)}")
     device = model.action_in.weight.device
     on_gpu = device.type == "cuda"
     with torch.inference_mode():
-        variants = {name: _variant(model, case, name) for name in VARIANTS if name in names}
+        variants = {name: _variant(model, case, name) for name in ABLATION if name in names}
         errors = {name: error_of(one.actions, model, case) for name, one in variants.items()}
         counts = {
             name: count_kernels(kernel_names(partial(one.run, 0))) for name, one in variants.items()
@@ -79,7 +70,7 @@ def bench_ablation(
         times = measure(calls, "cuda" if on_gpu else "host", repeats=repeats)
     records = []
     for name in variants:
-        own = dataclasses.replace(case, precision=VARIANTS[name])
+        own = dataclasses.replace(case, precision=ABLATION[name])
         floors = stage_floors(model.config, own, device)
         records.append(
             measured_record(
@@ -114,7 +105,7 @@ def _variant(model: Pi05, case: Case, name: str) -> _Variant:
 
 def _changed(model: Pi05, case: Case, name: str) -> Pi05:
     """A copy of `model` with the changes of all variants up to `name`."""
-    changed, order = sharing_copy(model), list(VARIANTS)
+    changed, order = sharing_copy(model), list(ABLATION)
     made = order[: order.index(name) + 1]
     if "fused attention" in made:
         fuse_attention(changed)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfpi.perf.cases import standard_case
+from halfpi.perf.cases import ABLATION, standard_case
 from halfpi.perf.records import Record, newest, read_records, slug
 from halfpi.perf.report import SHORT
 
@@ -120,7 +120,8 @@ def _stacks(axes: Any, records: Sequence[Record]) -> int:
 
 def _waterfall(axes: Any, records: Sequence[Record]) -> int:
     """What each variant takes, and what it saves of the one before; returns how many there are."""
-    before = None
+    before, order = None, list(ABLATION)
+    records = sorted(records, key=lambda record: order.index(record.engine))
     for place, record in enumerate(records):
         now = record.ms["total"].p50
         axes.barh(place, now, color="tab:blue")
