@@ -220,11 +220,40 @@ class Calibrate(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Source):
-    """Time a model's stages on this device: floor, measured, share of the floor.
+class Measure:
+    """How to measure, and what to keep of it."""
 
-    Without a checkpoint's weights, the presets of the released sizes are timed with random ones.
-    """
+    device: str | None = None
+    """A torch device; CUDA if there is one, else the CPU."""
+    repeats: int = 200
+    """Timed runs."""
+    results: Path | None = None
+    """Append the records below this directory, as benchmarks/results."""
+    chart: Path | None = None
+    """Draw them into this file, as chart.svg."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernels(Measure):
+    """Time each kernel at the shapes that π0.5 runs, with its error against plain torch's."""
+
+    kernels: tuple[str, ...] = ()
+    """Names of kernels; all by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchMlp(Measure):
+    """Time the prefix's MLP in bf16, in FP8 with passes that quantise, and in hybrid FP8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAttention(Measure):
+    """Time π0.5's three attentions by torch's backends, xformers if it is there, and halfpi."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEngine(Measure, Source):
+    """What of an engine to time. Presets of the released sizes have random weights."""
 
     checkpoint: Positional[str] = "nano"
     """A checkpoint directory, "nano", or a preset as pi05 with random weights."""
@@ -234,14 +263,49 @@ class Bench(Source):
     """Tokens of the prompt."""
     num_steps: int = 10
     """Euler steps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the arithmetic."""
-    device: str | None = None
-    """A torch device; CUDA if there is one, else the CPU."""
-    repeats: int = 200
-    """Timed calls of each stage."""
-    results: Path | None = None
-    """Append the record below this directory, as benchmarks/results."""
+    precision: Precision = "fp32"
+    """Of the arithmetic; scales of fp8 come from random observations."""
+    backend: Backend = "eager"
+    """What runs the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStages(BenchEngine):
+    """Time the stages of an engine apart, each on inputs that are ready on the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchE2e(BenchEngine):
+    """Time a policy from images to actions, with images of the model's size and of 480 × 640."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAblation(Measure):
+    """Time every variant between plain torch and the engine, and count their kernels."""
+
+    checkpoint: Positional[str] = "pi05"
+    """A preset of Pi05Config; weights are random."""
+    variants: tuple[str, ...] = ()
+    """Names of variants; all by default."""
+    cameras: int = 3
+    """Cameras that are there."""
+    prompt_tokens: int = 200
+    """Tokens of the prompt."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time something on this device: floor, measured, share of the floor."""
+
+    what: Annotated[
+        Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+        | Annotated[BenchStages, tyro.conf.subcommand("stages", prefix_name=False)]
+        | Annotated[BenchE2e, tyro.conf.subcommand("e2e", prefix_name=False)]
+        | Annotated[BenchMlp, tyro.conf.subcommand("mlp", prefix_name=False)]
+        | Annotated[BenchAttention, tyro.conf.subcommand("attention", prefix_name=False)]
+        | Annotated[BenchAblation, tyro.conf.subcommand("ablation", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def git(root: Path, *arguments: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with a source and a record, taken for halfpi's."""
-    for name in ("src/code.py", "benchmarks/record.jsonl"):
+    monkeypatch.delenv("HALFPI_COMMIT", raising=False)
+    for name in ("pyproject.toml", "src/code.py", "benchmarks/record.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1\n")
     git(tmp_path, "init", "--quiet")
@@ -50,16 +51,42 @@ def test_changed_code_makes_it_dirty_and_a_new_record_does_not(checkout: Path) -
 
 
 def test_an_installation_has_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HALFPI_COMMIT", raising=False)
     monkeypatch.setattr(module, "_CHECKOUT", tmp_path)
     here = environment(CPU)
     assert (here.commit, here.dirty) == (halfpi.__version__, False)
 
 
-def test_a_broken_checkout_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".git").mkdir()
+@pytest.mark.parametrize("git_directory", [True, False])
+def test_a_copy_without_history_has_no_commit(
+    git_directory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HALFPI_COMMIT", raising=False)
+    (tmp_path / "pyproject.toml").touch()
+    if git_directory:
+        (tmp_path / ".git").mkdir()
     monkeypatch.setattr(module, "_CHECKOUT", tmp_path)
-    with pytest.raises(ValueError, match=r"`git .* status .*` failed: .*not a git repository"):
-        environment(CPU)
+    here = environment(CPU)
+    assert (here.commit, here.dirty) == (None, True)
+
+
+def test_a_repository_without_commits_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HALFPI_COMMIT", raising=False)
+    (tmp_path / "pyproject.toml").touch()
+    git(tmp_path, "init", "--quiet")
+    monkeypatch.setattr(module, "_CHECKOUT", tmp_path)
+    assert environment(CPU).commit is None
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_a_copy_can_be_told_its_commit(
+    dirty: bool, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFPI_COMMIT", "0123abc" + dirty * "-dirty")
+    here = environment(CPU)
+    assert (here.commit, here.dirty) == ("0123abc", dirty)
 
 
 def test_a_cpu_has_a_name_and_no_driver() -> None:

@@ -16,6 +16,7 @@ from halfpi.perf.records import (
     Record,
     RecordError,
     append_record,
+    newest,
     read_records,
     record_from_json,
 )
@@ -35,6 +36,7 @@ MEASURED = Record(
     floor_ms={"total": 7.7},
     peak_bytes=7_000_000_000,
     error=0.004,
+    numbers={"cold_start_s": 12.5},
 )
 QUOTED = Record(
     kind="quoted",
@@ -66,12 +68,13 @@ def test_appending_keeps_what_is_there(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"kind": "guessed"}, "kind must be one of .*, got 'guessed'"),
-        ({"schema": 2}, "schema must be 1, got 2"),
+        ({"schema": 3}, "schema must be 2, got 3"),
         ({"benchmark": ""}, "benchmark must be a text, got ''"),
         ({"engine": None}, "engine must be a text, got None"),
         ({"device": 5}, "device must be a text, got 5"),
         ({"torch": 2.13}, "torch must be a text or null, got 2.13"),
-        ({"commit": None}, "commit must be the commit measured, got None"),
+        ({"commit": 5}, "commit must be the commit measured, or null, got 5"),
+        ({"commit": None}, "dirty must be true without a commit, got False"),
         ({"dirty": None}, "dirty must be a bool, got None"),
         ({"source": "me"}, "source must be null in a measured record, got 'me'"),
         ({"case": {"model": "pi05"}}, "case must be complete: model, cameras, .*, got"),
@@ -87,6 +90,8 @@ def test_appending_keeps_what_is_there(tmp_path: Path) -> None:
         ({"peak_bytes": 0}, "peak_bytes must be an int or null, got 0"),
         ({"peak_bytes": 7e9}, "peak_bytes must be an int or null"),
         ({"error": -0.1}, "error must be ≥ 0 or null, got -0.1"),
+        ({"numbers": {"copies": math.nan}}, "numbers must be finite numbers by name"),
+        ({"numbers": [1]}, r"numbers must be finite numbers by name, got \[1\]"),
     ],
 )
 def test_a_field_that_breaks_the_schema_is_named(changes: dict[str, Any], message: str) -> None:
@@ -99,6 +104,26 @@ def test_a_wrong_field_of_the_case_is_named() -> None:
         dataclasses.replace(MEASURED, case={**MEASURED.case, "cameras": 0})
     with pytest.raises(RecordError, match=r"case: Case\.precision must be one of"):
         dataclasses.replace(QUOTED, case={"precision": "int8"})
+
+
+def test_what_a_copy_without_history_measured_is_dirty() -> None:
+    assert dataclasses.replace(MEASURED, commit=None, dirty=True).commit is None
+
+
+def test_a_line_of_the_first_schema_has_no_numbers() -> None:
+    line = json.loads(MEASURED.to_json()) | {"schema": 1}
+    del line["numbers"]
+    read = record_from_json(json.dumps(line))
+    assert read == dataclasses.replace(MEASURED, numbers={})
+    del line["error"]
+    with pytest.raises(RecordError, match="missing: error"):
+        record_from_json(json.dumps(line))
+
+
+def test_the_newest_record_of_each_case_counts() -> None:
+    later = dataclasses.replace(MEASURED, error=0.5)
+    other = dataclasses.replace(MEASURED, engine="triton")
+    assert newest([MEASURED, QUOTED, other, later]) == [later, other]
 
 
 def test_what_others_measured_has_a_source() -> None:

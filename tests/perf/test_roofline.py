@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halfpi.config import PRESETS, Pi05Config
 from halfpi.model import Pi05
+from halfpi.perf.bench import model_inputs
 from halfpi.perf.cases import STAGES, Case, Precision, standard_case
 from halfpi.perf.devices import NoFloorError, devices, find_device
 from halfpi.perf.roofline import floors, stage_costs
-from halfpi.perf.synthetic import random_inputs, random_model
+from halfpi.perf.synthetic import random_model
 from halfpi.quant import quantised_sites
 
 PI05 = PRESETS["pi05"]
@@ -56,9 +57,9 @@ def test_quantised_weights_are_those_of_the_sites(tiny_config: Pi05Config) -> No
 def test_flops_are_what_torch_counts(tiny_config: Pi05Config) -> None:
     case = Case("tiny", cameras=2, prompt_tokens=9, horizon=7, steps=3, precision="bf16")
     model = random_model(tiny_config)
-    inputs, noise = random_inputs(tiny_config, case)
+    inputs, noise = model_inputs(tiny_config, case, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.sample_actions(**vars(inputs), noise=noise[None], num_steps=case.steps)
+        model.sample_actions(**vars(inputs), noise=noise, num_steps=case.steps)
     once = sum(  # the time MLP and the modulations, which an engine has ready
         2 * case.steps * layer.weight.numel()
         for name, layer in model.named_modules()

@@ -92,7 +92,7 @@ def test_floors_need_no_record() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (between("speed"), "no table is called speed; there are floors, nano, peers, stages"),
+        (between("speed"), "no table is called speed; there are floors, nano, peers, stages, "),
         ("<!-- table:nano -->", "<!-- table:nano --> is not followed by its counterpart"),
         ("<!-- /table:nano -->", "<!-- /table:nano --> is not followed"),
         ("<!-- table:nano -->\n<!-- /table:peers -->", "table:nano --> is not followed"),

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from halfpi.perf.timing import captured, measure, percentiles
+from halfpi.perf.timing import captured, measure, measure_short, percentiles, rotation
 
 
 def test_variants_are_interleaved_and_inputs_count_up() -> None:
@@ -37,6 +37,20 @@ def test_the_host_clock_is_in_milliseconds() -> None:
     assert 19 < times.p50 < 200
 
 
+def test_a_call_of_several_runs_gives_the_time_of_one() -> None:
+    nap = {"nap": lambda _: time.sleep(0.02)}
+    times = measure(nap, "host", repeats=3, warm_ups=0, runs=10)["nap"]
+    assert 1.9 < times.p50 < 20
+
+
+def test_on_a_cpu_short_work_runs_as_it_is() -> None:
+    indices: list[int] = []
+    times = measure_short({"note": indices.append}, torch.device("cpu"), repeats=5)
+    assert indices == list(range(15))
+    assert list(times) == ["note"]
+    assert rotation(torch.device("cpu"), 10**9) == 2
+
+
 def test_percentiles_are_interpolated() -> None:
     times = percentiles([float(value) for value in range(101)])
     assert (times.p50, times.p90, times.p99) == (50.0, 90.0, 99.0)
@@ -50,6 +64,9 @@ def test_nothing_to_measure_is_an_error() -> None:
         measure({"work": print}, "host", repeats=0)
 
 
+CUDA = torch.device("cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_rotate_their_inputs_and_are_timed_on_the_device() -> None:
@@ -59,6 +76,10 @@ def test_graphs_rotate_their_inputs_and_are_timed_on_the_device() -> None:
     for index in range(6):
         call(index)
         assert out.item() == 2 * (index % 3 + 1)
+    short = measure_short({"copy": lambda index: out.copy_(inputs[index % 3])}, CUDA, repeats=20)
+    assert 0 < short["copy"].p50 < 1
+    assert rotation(CUDA, 10**12) == 2
+    assert rotation(CUDA, 1) == 64
     large = torch.randn(4096, 4096, device="cuda")
     product = captured(lambda _: large @ large, inputs=1)
     times = measure({"small": call, "large": product}, "cuda", repeats=20)

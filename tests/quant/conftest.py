@@ -8,6 +8,7 @@ import pytest
 
 from halfpi.checkpoints import Checkpoint, open_checkpoint, save_model
 from halfpi.config import Pi05Config
+from halfpi.engine import EagerEngine
 from halfpi.model import Pi05
 from halfpi.perf.cases import Case
 from halfpi.perf.synthetic import random_model, random_observations, random_policy
@@ -26,7 +27,7 @@ def model(tiny_config: Pi05Config) -> Pi05:
 @pytest.fixture
 def policy(model: Pi05) -> Policy:
     """A policy of four denoising steps."""
-    return random_policy(model, CASE)
+    return random_policy(EagerEngine(model), CASE)
 
 
 @pytest.fixture

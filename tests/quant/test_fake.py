@@ -16,6 +16,7 @@ from halfpi.model import Pi05, PrefixCache
 from halfpi.perf.cases import Case
 from halfpi.perf.synthetic import random_inputs, random_model
 from halfpi.policy import Policy
+from halfpi.processing.images import to_model
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.quant import (
     FakeQuantPi05,
@@ -35,7 +36,8 @@ STEPS = 4
 @pytest.fixture
 def inputs(tiny_config: Pi05Config) -> tuple[ModelInputs, Tensor]:
     case = Case("tiny", cameras=2, prompt_tokens=9, horizon=7, steps=STEPS, precision="fp32")
-    return random_inputs(tiny_config, case, seed=5)
+    inputs, noise = random_inputs(tiny_config, case, seed=5)
+    return dataclasses.replace(inputs, images=to_model(inputs.images)), noise
 
 
 def actions_of(model: Pi05, inputs: tuple[ModelInputs, Tensor]) -> Tensor:

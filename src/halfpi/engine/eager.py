@@ -19,7 +19,8 @@ from halfpi.types import StageTimes
 class EagerEngine:
     """Runs `model` stage by stage, one observation a call, and times each stage.
 
-    It remembers each camera's image tokens and the prefix, for calls that keep them.
+    `vision`, `prefill` and `denoise` are the stages of the model, as they run here. The engine
+    remembers each camera's image tokens and the prefix, for calls that keep them.
     """
 
     def __init__(self, model: Pi05, compiled: Callable[[Any], Any] = lambda stage: stage) -> None:
@@ -27,9 +28,9 @@ class EagerEngine:
         self.model = model
         self.config = model.config
         self.device = model.action_in.weight.device
-        self._vision: Callable[[Tensor], Tensor] = compiled(model.vision)
-        self._prefill: Callable[..., PrefixCache] = compiled(model.prefill)
-        self._denoise: Callable[..., Tensor] = compiled(model.denoise)
+        self.vision: Callable[[Tensor], Tensor] = compiled(model.vision)
+        self.prefill: Callable[..., PrefixCache] = compiled(model.prefill)
+        self.denoise: Callable[..., Tensor] = compiled(model.denoise)
         self.forget()
 
     def forget(self) -> None:
@@ -62,7 +63,7 @@ class EagerEngine:
         if self._cache is None:
             raise ValueError("there is no prefix to keep: no call came before this one")
         with self._timed("denoise_ms", times):
-            actions = self._denoise(
+            actions = self.denoise(
                 self._cache,
                 noise[None].to(self.device),
                 num_steps,
@@ -90,16 +91,16 @@ class EagerEngine:
         places = inputs.image_mask.any(0)
         length = int(inputs.token_mask.sum(1).max())
         with self._timed("vision_ms", times):
-            image_tokens = self.model.vision(inputs.images[:, places].to(self.device))
+            image_tokens = self._vision(to_model(inputs.images[:, places].to(self.device)))
         with self._timed("prefill_ms", times):
-            cache = self.model.prefill(
+            cache = self._prefill(
                 image_tokens,
                 inputs.image_mask[:, places].to(self.device),
                 inputs.tokens[:, :length].to(self.device),
                 inputs.token_mask[:, :length].to(self.device),
             )
         with self._timed("denoise_ms", times):
-            actions = self.model.denoise(
+            actions = self._denoise(
                 cache,
                 noise.to(self.device),
                 num_steps,
@@ -117,7 +118,7 @@ class EagerEngine:
             image_tokens = self._image_tokens(inputs.images, places, kept)
         with self._timed("prefill_ms", times):
             image_mask = torch.ones((1, len(places)), dtype=torch.bool, device=self.device)
-            return self._prefill(
+            return self.prefill(
                 image_tokens,
                 image_mask,
                 inputs.tokens[:, :length].to(self.device),
@@ -130,7 +131,7 @@ class EagerEngine:
         for place in set(places).difference(fresh, self._tokens):
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
         if fresh:
-            encoded = self._vision(to_model(images[:, fresh].to(self.device)))
+            encoded = self.vision(to_model(images[:, fresh].to(self.device)))
             shape = (1, len(fresh), self.config.tokens_per_image, self.config.prefix_width)
             self._tokens.update(zip(fresh, encoded.view(shape).unbind(1), strict=True))
         return torch.cat([self._tokens[place] for place in places], 1)

@@ -184,9 +184,10 @@ class Pi05(nn.Module):
         the schedule alone, so all steps share one product per norm.
         """
         times = [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
-        if decided:
-            times.append(0.0)
-        condition = self.condition(torch.tensor(times, device=noise.device))
+        # The same numbers on the device: a CUDA graph cannot hold a copy of them from the host.
+        steps = torch.arange(num_steps, dtype=torch.float64, device=noise.device)
+        table_times = (1.0 + steps * (-1.0 / num_steps)).float()
+        condition = self.condition(F.pad(table_times, (0, 1)) if decided else table_times)
         by_norm = [table[:, None, None] for table in self.expert.modulations(condition)]
         is_decided = torch.arange(noise.shape[1], device=noise.device)[:, None] < decided
         for step in range(num_steps):

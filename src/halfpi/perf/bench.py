@@ -1,4 +1,4 @@
-"""Timing a model's stages, or a policy from end to end, into a record.
+"""Timing an engine's stages, or a policy from end to end, into a record.
 
 `bench_stages` times vision, prefill and denoise apart, each on inputs that are ready on the device,
 and the three together. `bench_e2e` times `Policy.infer`, arrays in and arrays out, on the host's
@@ -8,17 +8,19 @@ clock.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, cast
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
 from torch import Tensor
 
+from halfpi.config import Pi05Config
+from halfpi.engine import EagerEngine
 from halfpi.model import Pi05, PrefixCache
-from halfpi.perf.cases import STAGES, Case, Precision
-from halfpi.perf.devices import NoFloorError, find_device
+from halfpi.perf.cases import STAGES, Case
+from halfpi.perf.devices import Device, NoFloorError, find_device
+from halfpi.perf.engines import GraphEngine, Subject
 from halfpi.perf.environment import environment
 from halfpi.perf.records import Percentiles, Record
 from halfpi.perf.roofline import floors
@@ -27,175 +29,187 @@ from halfpi.perf.timing import Call, measure, percentiles
 from halfpi.policy import Policy
 from halfpi.processing.images import to_model
 from halfpi.processing.pipeline import ModelInputs
-from halfpi.quant import FakeQuantPi05
 from halfpi.types import Observation
 
 # Inputs in rotation.
 _ROTATION = 4
-_PRECISIONS: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def bench_stages(model: Pi05, case: Case, *, repeats: int = 200) -> Record:
-    """Time the stages of `model` in plain torch, on random inputs of `case`.
-
-    Raises ValueError when `model` is of another precision than `case`, or fake-quantised.
-    """
-    if precision_of(model) != case.precision:
-        raise ValueError(f"the model is {precision_of(model)}, the case {case.precision}")
-    device = model.action_in.weight.device
-    _reset_peak(device)
+def bench_stages(subject: Subject, case: Case, *, repeats: int = 200) -> Record:
+    """Time the stages of an engine on random inputs of `case`; its error is against fp32."""
+    engine, device = subject.engine, subject.engine.device
+    inputs, noise = random_inputs(engine.config, case)
+    actions, _ = engine.run(inputs, noise, case.steps)
     with torch.inference_mode():
-        calls = _stage_calls(model, case)
+        calls = stage_calls(subject, case)
         ms = measure(calls, "cuda" if device.type == "cuda" else "host", repeats=repeats)
-    peak_bytes = _peak_bytes(device)
-    return _record("stages", device, model, case, ms, peak_bytes, _error(model, case))
+    return _record(
+        "stages",
+        subject,
+        case,
+        ms,
+        error=error_of(actions, subject.model, case),
+        numbers={"cold_start_s": subject.cold_start_s},
+    )
 
 
 def bench_e2e(
-    policy: Policy, observations: Sequence[Observation], *, name: str, repeats: int = 200
+    subject: Subject,
+    policy: Policy,
+    observations: Sequence[Observation],
+    case: Case,
+    *,
+    repeats: int = 200,
 ) -> Record:
-    """Time `policy.infer` on `observations` in rotation; the case is what they hold.
+    """Time `policy.infer`, on the engine of `subject`, on `observations` of `case` in rotation.
 
-    name: the model's, for the record. "total" is the whole call; stages are as the engine says.
-    Raises ValueError without observations, with some that differ in cameras or prompt length, and
-    for a model that is fake-quantised.
+    "total" is the whole call; stages are as the engine says. Of an engine with graphs, the numbers
+    have what the call takes beyond them.
+    Raises ValueError without observations, and with some that are not of `case`.
     """
-    model = policy.engine.model
-    cameras, prompt_tokens = _common_size(policy, observations)
-    case = Case(name, cameras, prompt_tokens, policy.horizon, policy.num_steps, precision_of(model))
+    _check_sizes(policy, observations, case)
     times = []
 
     def infer(index: int) -> None:
         times.append(policy.infer(observations[index % len(observations)]).times)
 
-    _reset_peak(policy.engine.device)
-    total = measure({"total": infer}, "host", repeats=repeats)
+    total = measure({"total": infer}, "host", repeats=repeats)["total"]
     parts = {
         stage: percentiles([getattr(each, f"{stage}_ms") for each in times[-repeats:]])
         for stage in ("processing", *STAGES)
     }
-    peak_bytes = _peak_bytes(policy.engine.device)
-    return _record("e2e", policy.engine.device, model, case, parts | total, peak_bytes, None)
-
-
-def precision_of(model: Pi05) -> Precision:
-    """The precision in which `model` can be timed.
-
-    Raises ValueError for fake quantisation, which is slower than what it imitates.
-    """
-    if isinstance(model, FakeQuantPi05):
-        raise ValueError("fake quantisation shows what fp8 does to actions; its time means nothing")
-    return _PRECISIONS[model.dtype]
-
-
-def report(record: Record) -> RenderableType:
-    """What a terminal shows of `record`: floors first, then what was measured, then the share."""
-    case = ", ".join(f"{name} {value}" for name, value in record.case.items())
-    table = Table(title=f"{record.benchmark}, {record.engine}, {record.device}", caption=case)
-    table.add_column("")
-    for column in ("floor ms", "p50 ms", "p90 ms", "p99 ms", "share of floor"):
-        table.add_column(column, justify="right")
-    for name, times in record.ms.items():
-        floor = (record.floor_ms or {}).get(name)
-        numbers = (floor, times.p50, times.p90, times.p99)
-        shown = ("" if number is None else f"{number:.2f}" for number in numbers)
-        table.add_row(name, *shown, "" if floor is None else f"{floor / times.p50:.0%}")
-    if record.floor_ms is not None:
-        return table
-    precision = record.case["precision"]
-    return Group(table, f"No floor is known on {record.device} in {precision} (devices.toml).")
-
-
-def _stage_calls(model: Pi05, case: Case) -> dict[str, Call]:
-    """Stage → a call that runs it on one of a few inputs; "total" runs all three."""
-    rotation = [_device_inputs(model, case, seed) for seed in range(_ROTATION)]
-    images = [inputs.images for inputs, _ in rotation]
-    noises = [noise for _, noise in rotation]
-    tokens = [model.vision(image) for image in images]
-
-    def prefill(index: int, image_tokens: Tensor) -> PrefixCache:
-        inputs, _ = rotation[index % _ROTATION]
-        return model.prefill(image_tokens, inputs.image_mask, inputs.tokens, inputs.token_mask)
-
-    def denoise(index: int, cache: PrefixCache) -> Tensor:
-        return model.denoise(cache, noises[index % _ROTATION], case.steps)
-
-    caches = [prefill(index, tokens[index]) for index in range(_ROTATION)]
-    return {
-        "vision": lambda index: model.vision(images[index % _ROTATION]),
-        "prefill": lambda index: prefill(index, tokens[index % _ROTATION]),
-        "denoise": lambda index: denoise(index, caches[index % _ROTATION]),
-        "total": lambda index: denoise(
-            index, prefill(index, model.vision(images[index % _ROTATION]))
-        ),
+    height, width = next(iter(observations[0].images.values())).shape[:2]
+    numbers = {
+        "image_height": height,
+        "image_width": width,
+        "p99_over_p50": (total.p99 or 0.0) / total.p50,
     }
+    if not isinstance(subject.engine, EagerEngine):
+        calls = {"total": stage_calls(subject, case)["total"]}
+        graphs_ms = measure(calls, "cuda", repeats=repeats)["total"].p50
+        numbers |= {"graphs_ms": graphs_ms, "over_graphs_ms": total.p50 - graphs_ms}
+    return _record("e2e", subject, case, parts | {"total": total}, numbers=numbers)
 
 
-def _device_inputs(model: Pi05, case: Case, seed: int) -> tuple[ModelInputs, Tensor]:
-    """Random inputs and noise fp32 (1, h, a), on the device of `model`."""
-    device = model.action_in.weight.device
-    inputs, noise = random_inputs(model.config, case, seed)
+def measured_record(
+    benchmark: str,
+    engine: str,
+    case: Case,
+    device: torch.device,
+    ms: Mapping[str, Percentiles],
+    **others: Any,
+) -> Record:
+    """A record of what was just measured here; `others` are fields of `Record`."""
+    return Record(
+        kind="measured",
+        benchmark=benchmark,
+        engine=engine,
+        case=asdict(case),
+        ms=ms,
+        **others,
+        **asdict(environment(device)),
+    )
+
+
+def known_device(device: torch.device) -> Device | None:
+    """The limits of `device`, None if it is not in devices.toml."""
+    try:
+        return find_device(environment(device).device)
+    except NoFloorError:
+        return None
+
+
+def stage_floors(config: Pi05Config, case: Case, device: torch.device) -> dict[str, float] | None:
+    """Floors of the stages, None where none is known."""
+    limits = known_device(device)
+    try:
+        return None if limits is None else floors(limits, config, case)
+    except NoFloorError:
+        return None
+
+
+def model_inputs(
+    config: Pi05Config, case: Case, device: torch.device, seed: int = 0
+) -> tuple[ModelInputs, Tensor]:
+    """Random inputs of `case`, as the plain model reads them, and noise fp32 (1, h, a)."""
+    inputs, noise = random_inputs(config, case, seed)
     moved = {name: tensor.to(device) for name, tensor in vars(inputs).items()}
     moved["images"] = to_model(moved["images"])
     return ModelInputs(**moved), noise[None].to(device)
 
 
-def _error(model: Pi05, case: Case) -> float:
-    """‖actions − reference‖ / ‖reference‖ of `model` against itself in fp32."""
-    if case.precision == "fp32":
-        return 0.0
-    inputs, noise = _device_inputs(model, case, seed=0)
+def error_of(actions: Tensor, model: Pi05, case: Case) -> float:
+    """‖actions − reference‖ / ‖reference‖ of actions (h, a) for `random_inputs` of `case`.
+
+    The reference is `model` in fp32, so weights that it holds in bf16 count as exact.
+    """
     reference = copy.deepcopy(model).to_dtype(torch.float32)
-    actions, expected = (
-        each.sample_actions(**vars(inputs), noise=noise, num_steps=case.steps)
-        for each in (model, reference)
-    )
-    return float((actions - expected).norm() / expected.norm())
-
-
-def _common_size(policy: Policy, observations: Sequence[Observation]) -> tuple[int, int]:
-    """Cameras and prompt tokens of each of `observations`."""
-    inputs = [policy.processor.inputs(observation) for observation in observations]
-    sizes = {(int(each.image_mask.sum()), int(each.token_mask.sum())) for each in inputs}
-    if len(sizes) != 1:
-        raise ValueError(
-            "observations must be of one number of cameras and prompt tokens, "
-            f"got {sorted(sizes) or 'none'}"
-        )
-    return sizes.pop()
+    inputs, noise = model_inputs(model.config, case, model.action_in.weight.device)
+    expected = reference.sample_actions(**vars(inputs), noise=noise, num_steps=case.steps)[0].cpu()
+    return float((actions.cpu() - expected).norm() / expected.norm())
 
 
 def _record(
     benchmark: str,
-    device: torch.device,
-    model: Pi05,
+    subject: Subject,
     case: Case,
     ms: Mapping[str, Percentiles],
-    peak_bytes: int | None,
-    error: float | None,
+    **others: Any,
 ) -> Record:
-    where = environment(device)
-    try:
-        floor_ms = floors(find_device(where.device), model.config, case)
-    except NoFloorError:
-        floor_ms = None
-    return Record(
-        kind="measured",
-        benchmark=benchmark,
-        engine="eager",
-        case=asdict(case),
-        ms=ms,
-        floor_ms=floor_ms,
-        peak_bytes=peak_bytes,
-        error=error,
-        **asdict(where),
-    )
+    engine = subject.engine
+    floor_ms = stage_floors(engine.config, case, engine.device)
+    known = {"floor_ms": floor_ms, "peak_bytes": subject.peak_bytes}
+    return measured_record(benchmark, subject.backend, case, engine.device, ms, **known, **others)
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def stage_calls(subject: Subject, case: Case) -> dict[str, Call]:
+    """Stage → a call that runs it; "total" runs all three."""
+    if isinstance(subject.engine, EagerEngine):
+        return _torch_calls(subject.engine, case)
+    engine = cast("GraphEngine", subject.engine)
+    graphs = engine.stage_graphs(case.cameras, case.prompt_tokens, case.steps)
+
+    def total(_: int) -> None:
+        for stage in STAGES:
+            graphs[stage]()
+
+    return {stage: _ignoring_index(graphs[stage]) for stage in STAGES} | {"total": total}
 
 
-def _peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+def _ignoring_index(replay: Callable[[], None]) -> Call:
+    return lambda _: replay()
+
+
+def _torch_calls(engine: EagerEngine, case: Case) -> dict[str, Call]:
+    """The stages in plain or compiled torch, each on one of a few inputs."""
+    rotation = [model_inputs(engine.config, case, engine.device, seed) for seed in range(_ROTATION)]
+    images = [inputs.images for inputs, _ in rotation]
+    noises = [noise for _, noise in rotation]
+    tokens = [engine.vision(image) for image in images]
+
+    def prefill(index: int, image_tokens: Tensor) -> PrefixCache:
+        inputs, _ = rotation[index % _ROTATION]
+        return engine.prefill(image_tokens, inputs.image_mask, inputs.tokens, inputs.token_mask)
+
+    def denoise(index: int, cache: PrefixCache) -> Tensor:
+        return engine.denoise(cache, noises[index % _ROTATION], case.steps)
+
+    caches = [prefill(index, tokens[index]) for index in range(_ROTATION)]
+    return {
+        "vision": lambda index: engine.vision(images[index % _ROTATION]),
+        "prefill": lambda index: prefill(index, tokens[index % _ROTATION]),
+        "denoise": lambda index: denoise(index, caches[index % _ROTATION]),
+        "total": lambda index: denoise(
+            index, prefill(index, engine.vision(images[index % _ROTATION]))
+        ),
+    }
+
+
+def _check_sizes(policy: Policy, observations: Sequence[Observation], case: Case) -> None:
+    inputs = [policy.processor.inputs(observation) for observation in observations]
+    sizes = {(int(each.image_mask.sum()), int(each.token_mask.sum())) for each in inputs}
+    if sizes != {(case.cameras, case.prompt_tokens)}:
+        raise ValueError(
+            f"observations must be of {case.cameras} cameras and {case.prompt_tokens} prompt "
+            f"tokens, got {sorted(sizes) or 'none'}"
+        )

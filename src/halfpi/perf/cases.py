@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,6 +40,24 @@ class Case:
         if self.precision not in get_args(Precision):
             allowed = ", ".join(get_args(Precision))
             raise ValueError(f"Case.precision must be one of {allowed}, got {self.precision!r}")
+
+
+# Variants of the ablation → their precisions; each keeps the changes of those before it.
+ABLATION: Mapping[str, Precision] = {
+    "eager": "bf16",
+    "graph": "bf16",
+    "fused attention": "bf16",
+    "naive fp8": "fp8",
+    "fused fp8": "fp8",
+    "no reformats": "fp8",
+    "restructured expert": "fp8",
+}
+
+# What an engine on an H200 is to stay below in the standard case, in milliseconds.
+TARGETS: Mapping[Precision, Mapping[str, float]] = {
+    "bf16": {"vision": 1.8, "prefill": 6.5, "denoise": 3.6, "total": 11.5},
+    "fp8": {"vision": 1.4, "prefill": 4.0, "denoise": 2.8, "total": 7.8},
+}
 
 
 def standard_case(precision: Precision = "bf16") -> Case:

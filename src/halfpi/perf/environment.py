@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,13 +13,16 @@ import torch
 import halfpi
 
 _CHECKOUT = Path(__file__).parents[3]
+# What `git describe --always --abbrev=40 --dirty --exclude '*'` says, for a copy without history.
+_COMMIT_VARIABLE = "HALFPI_COMMIT"
+_DIRTY = "-dirty"
 
 
 @dataclass(frozen=True)
 class Environment:
     """Fields of a `Record`, by the same names."""
 
-    commit: str
+    commit: str | None
     dirty: bool
     device: str
     driver: str | None
@@ -30,7 +34,7 @@ class Environment:
 def environment(device: torch.device) -> Environment:
     """What a benchmark on `device` runs on and from.
 
-    Raises ValueError when git or nvidia-smi is needed and fails.
+    Raises ValueError when nvidia-smi is needed and fails.
     """
     on_gpu = device.type == "cuda"
     commit, dirty = _source()
@@ -45,14 +49,23 @@ def environment(device: torch.device) -> Environment:
     )
 
 
-def _source() -> tuple[str, bool]:
-    """The commit of the checkout and whether src differs, or the version of an installation."""
-    if not (_CHECKOUT / ".git").exists():
+def _source() -> tuple[str | None, bool]:
+    """The commit of the checkout and whether src differs, or the version of an installation.
+
+    HALFPI_COMMIT says it for a copy of a checkout; one without history or that is None and dirty.
+    """
+    told = os.environ.get(_COMMIT_VARIABLE)
+    if told:
+        return told.removesuffix(_DIRTY), told.endswith(_DIRTY)
+    if not (_CHECKOUT / "pyproject.toml").exists():
         return halfpi.__version__, False
     # Whoever owns the checkout: its code is running already.
     git = ("git", "-c", f"safe.directory={_CHECKOUT}", "-C", str(_CHECKOUT))
-    changes = _output(*git, "status", "--porcelain", "--", "src")
-    return _output(*git, "rev-parse", "HEAD"), bool(changes)
+    try:
+        changes = _output(*git, "status", "--porcelain", "--", "src")
+        return _output(*git, "rev-parse", "--verify", "HEAD"), bool(changes)
+    except ValueError:
+        return None, True
 
 
 def _driver() -> str:

@@ -10,14 +10,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from halfpi.perf.cases import Case
 
-SCHEMA = 1
+SCHEMA = 2
 Kind = Literal["measured", "predicted", "quoted"]
 
 
@@ -40,12 +40,15 @@ class Record:
 
     kind: "measured" here; "predicted" by a model; "quoted" from `source`, which others must name.
     benchmark: what was timed, such as "e2e" or "stages". engine: what ran, such as "eager".
-    commit, dirty: of halfpi; an installed release is its version. device: as torch or the operating
-    system calls it. driver, torch, triton, cuda: versions, None where there is none.
+    commit, dirty: of halfpi; an installed release is its version. A commit that nobody knows is
+    None, and dirty. device: as torch or the operating system calls it. driver, torch, triton, cuda:
+    versions, None where there is none.
     case: the fields of `Case`; of quoted and predicted ones, those that are known.
     ms: milliseconds by stage, or whatever the benchmark tells apart, and "total".
     floor_ms: by the same names, None where no floor is known. peak_bytes: of device memory.
-    error: ‖actions − reference‖ / ‖reference‖ against fp32, None if not compared.
+    error: ‖result − reference‖ / ‖reference‖ against fp32, None if not compared.
+    numbers: what else was measured, units in the names: "KEY NAME" belongs to the time NAME, a key
+    alone to the total. Since schema 2.
 
     Raises RecordError for a field of a wrong type or value.
     """
@@ -67,6 +70,7 @@ class Record:
     peak_bytes: int | None = None
     error: float | None = None
     schema: int = SCHEMA
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -82,6 +86,8 @@ def record_from_json(line: str) -> Record:
         data = json.loads(line)
     except ValueError as error:
         raise RecordError(f"a record must be one JSON object, got {line[:80]!r}") from error
+    if isinstance(data, dict) and data.get("schema") == 1:
+        data = {"numbers": {}} | data | {"schema": SCHEMA}
     names = {field.name for field in fields(Record)}
     if not isinstance(data, dict) or set(data) != names:
         got = set(data) if isinstance(data, dict) else set()
@@ -101,7 +107,7 @@ def record_from_json(line: str) -> Record:
 
 def append_record(record: Record, results: Path) -> Path:
     """Append `record` to results/<device>/<benchmark>.jsonl, and return that file."""
-    path = results / _slug(record.device) / f"{_slug(record.benchmark)}.jsonl"
+    path = results / slug(record.device) / f"{slug(record.benchmark)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (record.to_json() + "\n").encode()
     # One write to a file opened for appending: two benchmarks at once cannot mix their lines.
@@ -128,6 +134,16 @@ def read_records(results: Path) -> list[Record]:
     return records
 
 
+def newest(records: Iterable[Record]) -> list[Record]:
+    """The last measured record of each benchmark, device, engine, case and set of names."""
+    found = {
+        (each.benchmark, each.device, each.engine, *each.case.items(), *each.ms): each
+        for each in records
+        if each.kind == "measured"
+    }
+    return list(found.values())
+
+
 def _check(record: Record) -> None:
     _require("schema", record.schema, record.schema == SCHEMA, f"{SCHEMA}")
     _require("kind", record.kind, record.kind in get_args(Kind), f"one of {get_args(Kind)}")
@@ -139,8 +155,11 @@ def _check(record: Record) -> None:
         value = getattr(record, name)
         _require(name, value, value is None or isinstance(value, str), "a text or null")
     if measured:
-        _require("commit", record.commit, isinstance(record.commit, str), "the commit measured")
-        _require("dirty", record.dirty, isinstance(record.dirty, bool), "a bool")
+        known = record.commit is not None
+        is_text = isinstance(record.commit, str) or not known
+        _require("commit", record.commit, is_text, "the commit measured, or null")
+        fits = isinstance(record.dirty, bool) and (known or record.dirty)
+        _require("dirty", record.dirty, fits, "a bool" if known else "true without a commit")
         _require("source", record.source, record.source is None, "null in a measured record")
     else:
         is_named = bool(record.source) and isinstance(record.source, str)
@@ -155,6 +174,9 @@ def _check(record: Record) -> None:
     peak, error = record.peak_bytes, record.error
     _require("peak_bytes", peak, peak is None or (type(peak) is int and peak > 0), "an int or null")
     _require("error", error, error is None or error == 0 or _is_positive(error), "≥ 0 or null")
+    numbers = record.numbers
+    fits = isinstance(numbers, Mapping) and all(map(_is_number, numbers.values()))
+    _require("numbers", numbers, fits, "finite numbers by name")
 
 
 def _check_case(case: Mapping[str, int | str], *, complete: bool) -> None:
@@ -185,15 +207,19 @@ def _require(name: str, value: object, fits: bool, expected: str) -> None:
 
 
 def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and _is_number(value) and value > 0
+
+
+def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and value > 0
+    return math.isfinite(value)
 
 
 def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """`text` as a file name: "NVIDIA H200" becomes nvidia-h200."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -20,8 +20,8 @@ _WEIGHT_BYTES = {"bf16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """The necessary work of one stage.
+class Cost:
+    """The necessary work of a stage, or of one operation.
 
     flops: of products whose operands are quantised (`narrow`) or 16-bit (`wide`), multiply and add
     counted apart, over all passes. weight_bytes, other_bytes: what one pass reads and writes.
@@ -61,7 +61,7 @@ def floors(device: Device, config: Pi05Config, case: Case) -> dict[str, float]:
     return {**by_stage, "total": sum(by_stage.values())}
 
 
-def stage_costs(config: Pi05Config, case: Case) -> dict[str, StageCost]:
+def stage_costs(config: Pi05Config, case: Case) -> dict[str, Cost]:
     """The necessary work of vision, prefill and denoise.
 
     The layers that count as quantised are those of `halfpi.quant.sites`. Raises NoFloorError for a
@@ -78,14 +78,14 @@ def stage_costs(config: Pi05Config, case: Case) -> dict[str, StageCost]:
     }
 
 
-def _vision(config: Pi05Config, case: Case) -> StageCost:
+def _vision(config: Pi05Config, case: Case) -> Cost:
     width, tokens = config.vision_width, config.tokens_per_image
     rows = case.cameras * tokens
     blocks = config.vision_depth * width * (4 * width + 2 * config.vision_mlp)
     ends = 3 * config.patch_size**2 * width + width * config.prefix_width
     attention = config.vision_depth * 4 * rows * tokens * width
     pixels = case.cameras * 3 * config.image_size**2
-    return StageCost(
+    return Cost(
         narrow_flops=2 * rows * blocks,
         wide_flops=2 * rows * ends + attention,
         weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + ends * _WIDE,
@@ -93,12 +93,12 @@ def _vision(config: Pi05Config, case: Case) -> StageCost:
     )
 
 
-def _prefill(config: Pi05Config, case: Case, prefix: int) -> StageCost:
+def _prefill(config: Pi05Config, case: Case, prefix: int) -> Cost:
     layers = config.depth - 1  # the last one ends at keys and values
     key_value = 2 * config.prefix_width * config.kv_heads * config.head_dim
     blocks = layers * _gemma_block(config, config.prefix_width, config.prefix_mlp) + key_value
     attention = layers * 4 * config.q_heads * config.head_dim * prefix * prefix
-    return StageCost(
+    return Cost(
         narrow_flops=2 * prefix * blocks,
         wide_flops=attention,
         weight_bytes=blocks * _WEIGHT_BYTES[case.precision],
@@ -106,12 +106,12 @@ def _prefill(config: Pi05Config, case: Case, prefix: int) -> StageCost:
     )
 
 
-def _denoise(config: Pi05Config, case: Case, prefix: int) -> StageCost:
+def _denoise(config: Pi05Config, case: Case, prefix: int) -> Cost:
     rows = case.horizon
     blocks = config.depth * _gemma_block(config, config.expert_width, config.expert_mlp)
     ends = 2 * config.action_dim * config.expert_width
     attention = config.depth * 4 * config.q_heads * config.head_dim * rows * (prefix + rows)
-    return StageCost(
+    return Cost(
         narrow_flops=case.steps * 2 * rows * blocks,
         wide_flops=case.steps * (2 * rows * ends + attention),
         weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + ends * _WIDE,

@@ -10,7 +10,7 @@ import torch
 
 from halfpi.checkpoints.load import DTYPES
 from halfpi.config import Pi05Config, ProcessingConfig
-from halfpi.engine import EagerEngine
+from halfpi.engine import Engine
 from halfpi.model import Pi05
 from halfpi.perf.cases import Case
 from halfpi.policy import Policy
@@ -75,13 +75,13 @@ def random_inputs(
     return inputs, torch.randn((case.horizon, config.action_dim), generator=generator)
 
 
-def random_policy(model: Pi05, case: Case) -> Policy:
-    """A policy of `model`, for the observations of `random_observations(model.config, case)`.
+def random_policy(engine: Engine, case: Case) -> Policy:
+    """A policy of `engine`, for the observations of `random_observations(engine.config, case)`.
 
     Raises ValueError when `case` has another horizon than the model, or a prompt without room for
     an instruction.
     """
-    config = model.config
+    config = engine.config
     if case.horizon != config.horizon:
         raise ValueError(f"the model's horizon is {config.horizon}, the case's {case.horizon}")
     if case.prompt_tokens <= _FRAME_TOKENS:
@@ -98,16 +98,23 @@ def random_policy(model: Pi05, case: Case) -> Policy:
         robot_action_dim=config.action_dim,
     )
     processor = Processor(processing, config.action_dim, _LetterTokenizer(config.vocab_size))
-    return Policy(processor, EagerEngine(model), num_steps=case.steps)
+    return Policy(processor, engine, num_steps=case.steps)
 
 
 def random_observations(
-    config: Pi05Config, case: Case, count: int, seed: int = 0
+    config: Pi05Config,
+    case: Case,
+    count: int,
+    seed: int = 0,
+    image_shape: tuple[int, int] | None = None,
 ) -> list[Observation]:
-    """Observations with images of the model's size and prompts of the case's length."""
+    """Observations with prompts of the case's length, and images of the model's size.
+
+    image_shape: height and width of images, if a camera has others than the model.
+    """
     rng = np.random.default_rng(seed)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    shape = (config.image_size, config.image_size, 3)
+    shape = (*(image_shape or (config.image_size, config.image_size)), 3)
     return [
         Observation(
             images={name: rng.integers(0, 256, shape, dtype=np.uint8) for name in _cameras(case)},

@@ -18,11 +18,22 @@ from typing import Any
 
 from halfpi.config import PRESETS
 from halfpi.files import atomic_write
-from halfpi.perf.cases import STAGES, standard_case
+from halfpi.perf.cases import standard_case
 from halfpi.perf.devices import devices
-from halfpi.perf.records import Record, read_records
+from halfpi.perf.records import Record, newest, read_records
 from halfpi.perf.roofline import floors
 from halfpi.perf.run_tables import RUN_TABLES, read_runs
+from halfpi.perf.summaries import (
+    TIMES,
+    Summary,
+    ablation,
+    attention,
+    commit,
+    e2e,
+    kernels,
+    mlp,
+    standard,
+)
 
 # Name → the settings of one evaluation, as 'halfpi eval --output' writes them; or the records of
 # one script.
@@ -31,8 +42,8 @@ Successes = Mapping[str, Sequence[Mapping[str, Any]]]
 RESULTS = Path("benchmarks/results")
 SUCCESSES = Path("benchmarks/success")
 RUNS = Path("benchmarks/runs")
+_MODEL = standard_case().model
 _MARKER = re.compile(r"^<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->$", re.MULTILINE)
-_TIMES = (*STAGES, "total")
 # Fields of a case → column.
 _CASE = {
     "precision": "precision",
@@ -121,14 +132,14 @@ def _floors(_: Sequence[Record]) -> str:
             case = standard_case(precision)
             ms = floors(device, PRESETS[case.model], case)
             kinds = {device.bf16_tflops.kind, device.fp8_tflops.kind, device.bandwidth_tbs.kind}
-            shown = [f"{ms[stage]:.2f}" for stage in _TIMES]
+            shown = [f"{ms[stage]:.2f}" for stage in TIMES]
             rows.append((name, precision, *shown, " and ".join(sorted(kinds))))
-    return _table(("device", "precision", *_milliseconds(_TIMES), "limits are"), rows)
+    return _table(("device", "precision", *_milliseconds(TIMES), "limits are"), rows)
 
 
 def _stages(records: Sequence[Record]) -> str:
     """Our times of the stages of π0.5."""
-    return _own(record for record in records if record.case.get("model") == "pi05")
+    return _own(record for record in records if record.case.get("model") == _MODEL)
 
 
 def _nano(records: Sequence[Record]) -> str:
@@ -138,22 +149,18 @@ def _nano(records: Sequence[Record]) -> str:
 
 def _own(records: Iterable[Record]) -> str:
     """The newest measurement of each device, engine and case."""
-    newest = {
-        (record.device, record.engine, *record.case.items()): record
-        for record in records
-        if record.kind == "measured" and record.benchmark == "stages"
-    }
     rows = [
         (
             record.device,
             record.engine,
             *_case_cells(record),
-            *(f"{record.ms[stage].p50:.2f}" for stage in _TIMES),
-            f"{(record.commit or '')[:7]}{'*' if record.dirty else ''}",
+            *(f"{record.ms[stage].p50:.2f}" for stage in TIMES),
+            commit(record),
         )
-        for record in newest.values()
+        for record in newest(records)
+        if record.benchmark == "stages"
     ]
-    return _table(("device", "engine", *_CASE.values(), *_milliseconds(_TIMES), "commit"), rows)
+    return _table(("device", "engine", *_CASE.values(), *_milliseconds(TIMES), "commit"), rows)
 
 
 def _peers(records: Sequence[Record]) -> str:
@@ -199,11 +206,19 @@ def _success(settings: Sequence[Mapping[str, Any]]) -> str:
     return _table(("task", "instruction", "success", "95 %", "steps"), [*rows, *means])
 
 
+def _summarised(summary: Callable[[Sequence[Record]], Summary], records: Sequence[Record]) -> str:
+    return _table(*summary([each for each in records if each.case.get("model") == _MODEL]))
+
+
 TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "floors": _floors,
     "nano": _nano,
     "peers": _peers,
     "stages": _stages,
+    **{
+        summary.__name__: partial(_summarised, summary)
+        for summary in (standard, e2e, kernels, mlp, attention, ablation)
+    },
 }
 
 

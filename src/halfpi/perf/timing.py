@@ -9,8 +9,10 @@ launching costs. On the host it is the clock on the wall.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -23,15 +25,23 @@ from halfpi.perf.records import Percentiles
 Call = Callable[[int], object]
 
 _WARM_UPS_BEFORE_CAPTURE = 3
+# Runs of short work in one graph.
+_ROW = 64
 
 
 def measure(
-    calls: Mapping[str, Call], clock: Literal["cuda", "host"], *, repeats: int, warm_ups: int = 10
+    calls: Mapping[str, Call],
+    clock: Literal["cuda", "host"],
+    *,
+    repeats: int,
+    warm_ups: int = 10,
+    runs: int = 1,
 ) -> dict[str, Percentiles]:
     """Percentiles of the milliseconds that each of `calls` takes, over `repeats` runs.
 
     clock: "cuda" times the current stream, "host" the wall; under "host" a call must have finished
-    when it returns. Raises ValueError unless there is something to run at least once.
+    when it returns. runs: how often a call does its work; times are of one, as the mean of a call.
+    Raises ValueError unless there is something to run at least once.
     """
     if not calls or repeats < 1:
         raise ValueError(f"nothing to measure: {len(calls)} calls, {repeats} repeats")
@@ -45,9 +55,34 @@ def measure(
     if clock == "cuda":
         torch.cuda.synchronize()
     return {
-        name: percentiles([elapsed_ms(*span) for span in timed[warm_ups:]])
+        name: percentiles([elapsed_ms(*span) / runs for span in timed[warm_ups:]])
         for name, timed in spans.items()
     }
+
+
+def measure_short(
+    calls: Mapping[str, Call], device: torch.device, *, repeats: int
+) -> dict[str, Percentiles]:
+    """As `measure`, for work of microseconds that an engine runs among other work in a graph.
+
+    One graph runs a call many times in a row, on its inputs in turn, so what a replay costs by
+    itself is shared by all of them. On a CPU the calls run as they are.
+    """
+    if device.type != "cuda":
+        return measure(calls, "host", repeats=repeats)
+    graphs = {name: _row(call) for name, call in calls.items()}
+    return measure(graphs, "cuda", repeats=repeats, runs=_ROW)
+
+
+def rotation(device: torch.device, input_bytes: int) -> int:
+    """How many inputs of that size take turns so that the L2 has lost each when it is due again.
+
+    No more than a graph of `measure_short` has runs.
+    """
+    if device.type != "cuda":
+        return 2
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_ROW, 1 + math.ceil(2 * l2_bytes / input_bytes))
 
 
 def percentiles(samples_ms: list[float]) -> Percentiles:
@@ -58,8 +93,26 @@ def percentiles(samples_ms: list[float]) -> Percentiles:
 
 def captured(call: Call, inputs: int) -> Call:
     """`call` as CUDA graphs, one for each of its `inputs`: what is left is the device's time."""
-    graphs = [_capture(partial(call, index)) for index in range(inputs)]
-    return lambda index: graphs[index % inputs].replay()
+    return _Graphs(call, [_capture(partial(call, index)) for index in range(inputs)])
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """Graphs of `call`, which keeps alive the memory that they read."""
+
+    call: Call
+    graphs: Sequence[torch.cuda.CUDAGraph]
+
+    def __call__(self, index: int) -> None:
+        self.graphs[index % len(self.graphs)].replay()
+
+
+def _row(call: Call) -> Call:
+    def work() -> None:
+        for index in range(_ROW):
+            call(index)
+
+    return _Graphs(call, [_capture(work)])
 
 
 def _capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
