@@ -267,11 +267,11 @@ def test_bad_input_gets_one_clear_error(
         model.sample_actions(**{**inputs, **edit(inputs)})
 
 
-class _TensorsOfTheHost(TorchDispatchMode):
+class _TensorsOfTheHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operations that read or make a tensor on the CPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(

@@ -33,7 +33,7 @@ def measured(benchmark: str, engine: str, **changes: Any) -> Record:
 
 def records_of(benchmark: str) -> list[Record]:
     if benchmark == "ablation":
-        return [measured(benchmark, name) for name in reversed(ABLATION)]
+        return [measured(benchmark, name) for name in reversed(list(ABLATION))]
     stages = {"vision": TIMES, "prefill": TIMES, "total": TIMES}
     return [measured(benchmark, "triton", ms=stages, floor_ms={"total": 0.5, "vision": 0.2})]
 
