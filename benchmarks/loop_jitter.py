@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from halfpi.model import Guidance
-from halfpi.runtime import Asynchronous, ControlLoop, LoopReport, RealClock
+from halfpi.runtime import Asynchronous, ControlLoop, LoopReport, RealClock, save_run
 from halfpi.types import ActionChunk, Observation
 
 CALL_MS, STALL_MS, STALL_SHARE = 45.0, 300.0, 0.1
@@ -96,12 +96,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rate-hz", type=float, default=100.0)
     parser.add_argument("--priority", type=int, help="of the loop's thread; see RealClock")
+    parser.add_argument("--run", type=Path, metavar="FILE", help="write the run, for halfpi report")
     parser.add_argument("--record", type=Path, metavar="FILE", help="append the record to FILE")
     args = parser.parse_args()
     policy = BusyPolicy()
     clock = RealClock(args.priority)
     loop = ControlLoop(policy, IdleRobot(), args.rate_hz, Asynchronous(THRESHOLD), clock=clock)
     report = loop.run(max_ticks=round(args.seconds * args.rate_hz))
+    if args.run is not None:
+        save_run(report, args.run)
     record = _record(report, policy, {"seconds": args.seconds, "priority": args.priority})
     result = record["result"]
     invisible = result["stalls_injected"] - result["stalls_visible"]

@@ -1,9 +1,11 @@
 """What serving adds to a call, and how a server bears many robots, over the loopback.
 
     python benchmarks/serve_load.py [--clients 32] [--seconds 60] [--infer-ms 20] [--record FILE]
+    python benchmarks/serve_load.py --checkpoint nano --clients 8 --max-batch 1
 
 The server runs in a process of its own. Its policy is real but for the engine, which sleeps, so
-that no number here depends on a model. First one client asks on and on, as openpi's does: the
+that no number here depends on a model; with --checkpoint the engine is real, too, and --max-batch 1
+shows what computing requests together gains. First one client asks on and on, as openpi's does: the
 overhead is its round trip, packing and unpacking included, less what the server says the call took.
 Then many clients ask for the given time, and resident memory is read over its second half, when
 every buffer has been used. Prints a line for each, then one JSON line, which --record appends to a
@@ -17,10 +19,10 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import subprocess
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -35,7 +37,8 @@ from websockets.sync.client import connect as connect_in_thread
 
 from halfpi.config import Pi05Config, ProcessingConfig
 from halfpi.engine import EagerEngine
-from halfpi.policy import Policy
+from halfpi.perf.environment import environment
+from halfpi.policy import Policy, load_policy
 from halfpi.processing import Processor
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.serving.config import ServeConfig
@@ -49,6 +52,12 @@ OBSERVATION = {
     "observation/wrist_image": _PIXELS[1],
     "observation/state": np.zeros(8, np.float32),
     "prompt": "put the carrot on the plate",
+}
+OBSERVATION_OF_NANO = {
+    "images/scene": _PIXELS[0],
+    "images/wrist": _PIXELS[1],
+    "state": np.zeros(4, np.float32),
+    "prompt": "press the button from above",
 }
 PROCESSING = ProcessingConfig(
     robot="libero", robot_action_dim=7, state_norm="identity", action_norm="identity"
@@ -92,19 +101,31 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="of each of the two parts")
     parser.add_argument("--infer-ms", type=float, default=20, help="what the engine takes")
+    parser.add_argument("--checkpoint", help="a real policy: nano")
+    parser.add_argument("--max-batch", type=int, default=ServeConfig.max_batch)
+    parser.add_argument("--batch-wait-ms", type=float, default=ServeConfig.batch_wait_ms)
     parser.add_argument("--record", type=Path, help="append the JSON line to this file")
     args = parser.parse_args()
-    with _server(args.infer_ms) as (port, pid):
-        overhead = _overhead(port, args.seconds)
-        robots, memory = asyncio.run(_load(port, pid, args.clients, args.seconds))
+    config = ServeConfig(port=0, max_batch=args.max_batch, batch_wait_ms=args.batch_wait_ms)
+    with _server(config, args.infer_ms, args.checkpoint) as (port, pid):
+        observation = OBSERVATION_OF_NANO if args.checkpoint else OBSERVATION
+        overhead = _overhead(port, observation, args.seconds)
+        robots, memory = asyncio.run(_load(port, pid, observation, args.clients, args.seconds))
     counts = [len(robot.round_trips_ms) for robot in robots]
     lost = [robot.lost for robot in robots if robot.lost]
     starved = sum(count < np.median(counts) / 2 for count in counts)
     everyone = [ms for robot in robots for ms in robot.round_trips_ms]
+    place = environment(torch.device("cpu"))
     record = {
         "benchmark": "serve-load",
-        "commit": _commit(),
-        "infer_ms": args.infer_ms,
+        "commit": place.commit,
+        "dirty": place.dirty,
+        "device": place.device,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "policy": args.checkpoint or f"sleeps {args.infer_ms:g} ms",
+        "max_batch": args.max_batch if args.checkpoint else 1,
+        "batch_wait_ms": args.batch_wait_ms,
         "seconds": args.seconds,
         "overhead_ms": _percentiles(overhead),
         "clients": args.clients,
@@ -121,17 +142,21 @@ def main() -> int:
     print(f"memory: {memory[0] / 2**20:.1f} MiB at half time, {memory[1] / 2**20:.1f} at the end")
     print(line)
     if args.record:
+        args.record.parent.mkdir(parents=True, exist_ok=True)
         with args.record.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     return int(bool(lost or starved))
 
 
 @contextmanager
-def _server(infer_ms: float) -> Iterator[tuple[int, int]]:
+def _server(
+    config: ServeConfig, infer_ms: float, checkpoint: str | None
+) -> Iterator[tuple[int, int]]:
     """The port and the process id of a server."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_run_server, args=(theirs, infer_ms), daemon=True)
+    arguments = theirs, config, infer_ms, checkpoint
+    process = context.Process(target=_run_server, args=arguments, daemon=True)
     process.start()
     try:
         yield ours.recv(), cast("int", process.pid)
@@ -140,29 +165,34 @@ def _server(infer_ms: float) -> Iterator[tuple[int, int]]:
         process.join(10)
 
 
-def _run_server(parent: Connection, infer_ms: float) -> None:
-    torch.set_num_threads(1)
+def _run_server(
+    parent: Connection, config: ServeConfig, infer_ms: float, checkpoint: str | None
+) -> None:
+    if checkpoint is None:
+        torch.set_num_threads(1)
 
     def factory() -> Policy:
+        if checkpoint is not None:
+            return load_policy(checkpoint, device="cpu")
         processor = Processor(PROCESSING, Sleeper.config.action_dim, Bytes())
         return Policy(processor, cast("EagerEngine", Sleeper(infer_ms)))
 
     async def run() -> None:
-        async with Server(factory, ServeConfig(port=0)) as server:
+        async with Server(factory, config) as server:
             parent.send(server.port)
             await asyncio.to_thread(parent.recv)
 
     asyncio.run(run())
 
 
-def _overhead(port: int, seconds: float) -> list[float]:
+def _overhead(port: int, observation: Mapping[str, Any], seconds: float) -> list[float]:
     """Milliseconds of each round trip beyond the call itself."""
     overhead: list[float] = []
     with connect_in_thread(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as socket:
         socket.recv()
         end_s = time.perf_counter() + seconds
         while (began_s := time.perf_counter()) < end_s:
-            socket.send(packb(OBSERVATION))
+            socket.send(packb(observation))
             reply = unpackb(socket.recv(decode=False))
             total_ms = (time.perf_counter() - began_s) * 1000
             overhead.append(total_ms - reply["server_timing"]["infer_ms"])
@@ -170,26 +200,26 @@ def _overhead(port: int, seconds: float) -> list[float]:
 
 
 async def _load(
-    port: int, pid: int, clients: int, seconds: float
+    port: int, pid: int, observation: Mapping[str, Any], clients: int, seconds: float
 ) -> tuple[list[Robot], tuple[int, int]]:
     """Every client's replies, and the server's resident bytes at half time and at the end."""
     robots = [Robot() for _ in range(clients)]
     end_s = time.perf_counter() + seconds
-    asking = [asyncio.create_task(_ask_on(port, robot, end_s)) for robot in robots]
+    asking = [asyncio.create_task(_ask_on(port, robot, observation, end_s)) for robot in robots]
     await asyncio.sleep(seconds / 2)
     half_time = _resident_bytes(pid)
     await asyncio.gather(*asking)
     return robots, (half_time, _resident_bytes(pid))
 
 
-async def _ask_on(port: int, robot: Robot, end_s: float) -> None:
+async def _ask_on(port: int, robot: Robot, observation: Mapping[str, Any], end_s: float) -> None:
     try:
         async with connect(
             f"ws://127.0.0.1:{port}", compression=None, max_size=None, open_timeout=60
         ) as socket:
             await socket.recv()
             while (began_s := time.perf_counter()) < end_s:
-                await socket.send(packb(OBSERVATION))
+                await socket.send(packb(observation))
                 reply: Any = await socket.recv()
                 if isinstance(reply, str):
                     robot.lost = reply
@@ -207,11 +237,6 @@ def _resident_bytes(pid: int) -> int:
 def _percentiles(values: list[float]) -> dict[str, float]:
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return {"p50": p50, "p90": p90, "p99": p99}
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
 """A robot of your own under halfpi's control loop, in plain Python.
 
-    python examples/plain_robot.py [CHECKPOINT]
+    python examples/plain_robot.py [CHECKPOINT [RUN.jsonl [RUN.rrd]]]
 
 `ToyRobot` stands where your driver goes: a hand that moves by what it is told, seen by two cameras
 that render a dot. CHECKPOINT is "nano", the policy that ships with halfpi, unless you name another
-for four-dimensional states and actions.
+for four-dimensional states and actions. RUN.jsonl is where the run goes, for `halfpi report`;
+RUN.rrd is a recording for rerun (the extra `rerun`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfpi import Observation, load_policy
-from halfpi.runtime import ControlLoop, TrainedRtc
+from halfpi.runtime import ControlLoop, RerunLog, TrainedRtc, save_run
 
 RATE_HZ = 20.0
 SIZE = 84
@@ -55,15 +58,20 @@ def stand_still(action: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.array([0, 0, 0, action[3]], np.float32)
 
 
-def main(checkpoint: str = "nano", seconds: float = 10.0) -> None:
+def main(
+    checkpoint: str = "nano", run: str = "", recording: str = "", seconds: float = 10.0
+) -> None:
     """Run for a while and say how it went."""
     robot = ToyRobot("press the button from above")
     policy = load_policy(checkpoint)
     scheduler = TrainedRtc(threshold=10, max_delay=6)
-    loop = ControlLoop(policy, robot, RATE_HZ, scheduler, hold=stand_still)
-    report = loop.run(max_ticks=int(seconds * RATE_HZ))
+    with RerunLog(Path(recording)) if recording else nullcontext() as log:
+        loop = ControlLoop(policy, robot, RATE_HZ, scheduler, hold=stand_still, watcher=log)
+        report = loop.run(max_ticks=int(seconds * RATE_HZ))
+    if run:
+        save_run(report, Path(run))
     print(json.dumps(report.summary(), indent=2))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "nano")
+    main(*sys.argv[1:4])

@@ -1,8 +1,12 @@
-"""What tests of several layers share: small models whose every weight does something."""
+"""What tests of several layers share: small models whose every weight does something, openpi."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +34,30 @@ TINY = Pi05Config(
     horizon=7,
     max_prompt_tokens=12,
 )
+
+
+# openpi-client does not say that it needs the last one.
+OPENPI = ("openpi-client==0.1.2", "openpi-server==0.1.0", "numpy<2", "typing_extensions")
+
+
+@pytest.fixture(scope="session")
+def openpi_python() -> str:
+    """The interpreter of an environment that has openpi's client and server.
+
+    They need NumPy 1, so they are in `.venv-openpi-client`, made at the first run and kept.
+    """
+    venv = Path(__file__).parents[1] / ".venv-openpi-client"
+    python, ready = venv / "bin" / "python", venv / ".ready"
+    if not ready.exists() or ready.read_text() != " ".join(OPENPI):
+        try:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", *OPENPI]
+            subprocess.run(install, check=True, timeout=300)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            shutil.rmtree(venv, ignore_errors=True)
+            pytest.skip(f"openpi-client cannot be installed: {error}")
+        ready.write_text(" ".join(OPENPI))
+    return str(python)
 
 
 @pytest.fixture

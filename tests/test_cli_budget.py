@@ -38,7 +38,7 @@ def test_help_names_the_commands_without_importing_torch() -> None:
     text, report = run_help()
     assert report["code"] == 0
     assert not report["torch"]
-    for command in ("demo", "eval", "bench", "serve", "convert", "inspect", "calibrate"):
+    for command in ("demo", "eval", "bench", "serve", "convert", "inspect", "calibrate", "report"):
         assert command in text
 
 

@@ -22,8 +22,10 @@ HOMES = {
     "Observation": "halfpi.types",
     "Pi05Config": "halfpi.config",
     "Policy": "halfpi.policy",
+    "accelerate": "halfpi.integrations.lerobot",
     "load_model": "halfpi.checkpoints",
     "load_policy": "halfpi.policy",
+    "restore": "halfpi.integrations.lerobot",
 }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from halfpi.checkpoints import load_model
     from halfpi.config import Pi05Config
+    from halfpi.integrations.lerobot import accelerate, restore
     from halfpi.policy import Policy, load_policy
     from halfpi.types import ActionChunk, Observation
 
@@ -22,8 +23,10 @@ __all__ = [
     "Pi05Config",
     "Policy",
     "__version__",
+    "accelerate",
     "load_model",
     "load_policy",
+    "restore",
 ]
 
 _EXPORTS = {
@@ -31,8 +34,10 @@ _EXPORTS = {
     "Observation": "halfpi.types",
     "Pi05Config": "halfpi.config",
     "Policy": "halfpi.policy",
+    "accelerate": "halfpi.integrations.lerobot",
     "load_model": "halfpi.checkpoints",
     "load_policy": "halfpi.policy",
+    "restore": "halfpi.integrations.lerobot",
 }
 
 

@@ -47,6 +47,8 @@ class Demo:
     """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU."""
     output: Path = Path("outputs/demo")
     """Where the contact sheet of each episode goes."""
+    rerun: Path | None = None
+    """Write a rerun recording of what the robot saw and planned to this .rrd file."""
     json: bool = False
     """Print the results as JSON instead of a table."""
 
@@ -200,6 +202,8 @@ class Serve(Run):
     SIGHUP reloads the checkpoint without dropping a connection, SIGTERM drains and exits.
     """
 
+    rerun: Path | None = None
+    """Write a rerun recording of every robot's requests to this .rrd file, which keeps growing."""
     server: tyro.conf.OmitArgPrefixes[ServeConfig] = dataclasses.field(default_factory=ServeConfig)
 
 
@@ -304,6 +308,19 @@ class Bench:
     ]
 
 
+@dataclass(frozen=True)
+class Report:
+    """Draw the latencies of runs: histograms by stage, a timeline of calls and stalls, tick errors.
+
+    The result is one HTML page without references to other files.
+    """
+
+    records: Positional[tuple[Path, ...]]
+    """Runs of the control loop (halfpi.runtime.save_run) and benchmark records, as JSON lines."""
+    output: Path = Path("outputs/report.html")
+    """The page to write."""
+
+
 # Each command with the function that does it, as module and name under halfpi.commands.
 COMMANDS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "demo": (Demo, "simulation", "demo"),
@@ -316,6 +333,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "serve": (Serve, "serving", "serve"),
     "calibrate": (Calibrate, "quantisation", "calibrate"),
     "bench": (Bench, "performance", "bench"),
+    "report": (Report, "report", "report"),
 }
 
 

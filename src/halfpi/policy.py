@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ from halfpi.types import ActionChunk, Keep, Observation
 
 NANO = Path(__file__).parent / "assets" / "nano"
 NOTHING = Keep()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a call denoises with, checked, as the engine takes it.
+
+    noise: fp32 (h, a). given: fp32 (d, a) or None. guidance: of h actions, or None.
+    """
+
+    noise: torch.Tensor
+    given: torch.Tensor | None
+    guidance: Guidance | None
+    num_steps: int
 
 
 class Policy:
@@ -76,16 +90,14 @@ class Policy:
 
         Raises ValueError that names what is wrong with the observation or an argument.
         """
-        steps = self.num_steps if num_steps is None else _checked_steps(num_steps)
         began = time.perf_counter()
         kept = self._places(keep.cameras)
         inputs = None if keep.prefix else self.processor.inputs(observation)
-        start = self._noise(noise)
-        decided = None if given is None else self._checked("given", given)
-        if guidance is not None:
-            self._check_guidance(guidance)
+        with_ = self.arguments(noise, given, guidance, num_steps)
         processing_ms = (time.perf_counter() - began) * 1000
-        normalized, times = self.engine.run(inputs, start, steps, decided, guidance, kept)
+        normalized, times = self.engine.run(
+            inputs, with_.noise, with_.num_steps, with_.given, with_.guidance, kept
+        )
         began = time.perf_counter()
         if self._prefix_of is None or not keep.prefix:
             self._prefix_of, self._age = observation, 0
@@ -94,7 +106,22 @@ class Policy:
         actions = self.processor.outputs(normalized.numpy(), self._prefix_of)
         processing_ms += (time.perf_counter() - began) * 1000
         times = dataclasses.replace(times, processing_ms=processing_ms)
-        return ActionChunk(actions, normalized.numpy(), times, self._age)
+        return ActionChunk(actions, normalized.numpy(), times, self._age, keep)
+
+    def arguments(
+        self,
+        noise: NDArray[np.float32] | None = None,
+        given: NDArray[np.float32] | None = None,
+        guidance: Guidance | None = None,
+        num_steps: int | None = None,
+    ) -> Arguments:
+        """The arguments of `infer`, checked, and noise drawn if there is none."""
+        steps = self.num_steps if num_steps is None else _checked_steps(num_steps)
+        start = self._noise(noise)
+        decided = None if given is None else self._checked("given", given)
+        if guidance is not None:
+            self._check_guidance(guidance)
+        return Arguments(start, decided, guidance, steps)
 
     def rebase(
         self, normalized: NDArray[np.float32], was: Observation, now: Observation

@@ -54,22 +54,6 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
-class ActionChunk:
-    """A plan of h actions.
-
-    actions: float32 (h, robot_action_dim), in the robot's own units, ready to execute.
-    normalized: float32 (h, a), as the model gave them; what real-time chunking feeds back.
-    age: row 0 belongs to the observation of the call that many calls ago. Above 0 only where a
-    prefix was kept.
-    """
-
-    actions: NDArray[np.float32]
-    normalized: NDArray[np.float32]
-    times: StageTimes = field(default_factory=StageTimes)
-    age: int = 0
-
-
-@dataclass(frozen=True)
 class Keep:
     """What a call takes over from the calls before it instead of computing it again.
 
@@ -80,3 +64,21 @@ class Keep:
 
     cameras: frozenset[str] = frozenset()
     prefix: bool = False
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """A plan of h actions.
+
+    actions: float32 (h, robot_action_dim), in the robot's own units, ready to execute.
+    normalized: float32 (h, a), as the model gave them; what real-time chunking feeds back.
+    age: row 0 belongs to the observation of the call that many calls ago. Above 0 only where a
+    prefix was kept.
+    kept: what the call took over from those before it.
+    """
+
+    actions: NDArray[np.float32]
+    normalized: NDArray[np.float32]
+    times: StageTimes = field(default_factory=StageTimes)
+    age: int = 0
+    kept: Keep = field(default_factory=Keep)

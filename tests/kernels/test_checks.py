@@ -16,6 +16,7 @@ from halfpi.kernels.ada_rms_norm import ada_rms_norm
 from halfpi.kernels.attention import AttentionLaunch, attention
 from halfpi.kernels.embed import embed
 from halfpi.kernels.geglu import geglu
+from halfpi.kernels.layer_norm import layer_norm
 from halfpi.kernels.linear import linear
 from halfpi.kernels.patchify import patchify
 from halfpi.kernels.qkv_rope import qkv_rope
@@ -65,9 +66,11 @@ def test_split_workspace() -> None:
         )  # fmt: skip
 
 
-def test_ahead_needs_pdl() -> None:
+def test_knobs_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="ahead needs pdl"):
         TileLaunch(ahead=1)
+    with pytest.raises(ValueError, match="a library does not split K"):
+        TileLaunch(library=True, split_k=2)
 
 
 def test_attention() -> None:
@@ -100,6 +103,10 @@ def test_norms() -> None:
         rms_norm(x, x[0], x, Launch())
     with pytest.raises(ValueError, match="modulation must be float32"):
         ada_rms_norm(x, torch.zeros(2, 96), x, Launch())
+    with pytest.raises(ValueError, match=r"partials must be .* \(1, 4, 32\)"):
+        rms_norm(x, torch.ones(32), x, Launch(), partials=x[None, :3])
+    with pytest.raises(ValueError, match="partials_bias must be contiguous float32"):
+        layer_norm(x, torch.ones(32), torch.ones(32), x, Launch(), partials_bias=x[0])
     with pytest.raises(ValueError, match="partials and gate must be given together"):
         ada_rms_norm(x, torch.zeros(1, 96), x, Launch(), gate=torch.zeros(1, 32))
 

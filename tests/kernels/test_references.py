@@ -63,6 +63,25 @@ def test_ada_rms_norm() -> None:
     close(out, norm(residual, modulation)[0])
 
 
+def test_norms_that_add_partial_products() -> None:
+    x, partials, alpha = torch.randn(M, D), torch.randn(3, M, D), torch.tensor([0.5])
+    gain, weight, bias, own = torch.randn(4, D).unbind()
+    residual, out = rms_norm_reference(x, gain, partials, alpha)
+    close(residual, x + 0.5 * partials.sum(0))
+    close(out, rms_norm_reference(residual, gain)[0])
+    residual, out = layer_norm_reference(x, weight, bias, partials, alpha, own)
+    close(residual, x + 0.5 * partials.sum(0) + own)
+    close(out, layer_norm_reference(residual, weight, bias)[0])
+
+
+def test_attention_without_projection_biases() -> None:
+    query, keys, values = (torch.randn(2, M, 4, 10) for _ in range(3))
+    query_bias, key_bias_, value_bias = torch.randn(3, 4, 10).unbind()
+    (theirs,) = attention_reference(query + query_bias, keys + key_bias_, values + value_bias)
+    (ours,) = attention_reference(query, keys, values, bias=query_bias)
+    close(ours + value_bias, theirs)
+
+
 def test_attention() -> None:
     query, keys, values = (
         torch.randn(2, M, 4, 10),
@@ -122,7 +141,7 @@ def test_patchify() -> None:
     (out,) = linear_reference(
         patches, patch_weight(conv.weight, 64), bias=conv.bias, residual=position.repeat(2, 1)
     )
-    close(out.unflatten(0, (2, 6)), conv(images).flatten(2).mT + position)
+    close(out.reshape(2, 6, D), conv(images).flatten(2).mT + position)
     close(patchify_reference(images.movedim(1, -1), 4, 64)[0], patches)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from halfpi.perf.cases import standard_case
 from halfpi.perf.records import Percentiles, Record, append_record
+from halfpi.perf.run_tables import read_runs
 from halfpi.perf.tables import TABLES, TableError, main, render, stale_documents
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +160,26 @@ def test_every_table_is_shown_somewhere() -> None:
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     text = "".join(path.read_text(encoding="utf-8") for path in documents)
     assert all(f"<!-- table:{name} -->" in text for name in TABLES)
+
+
+def test_runs_of_the_loop_and_the_server(tmp_path: Path) -> None:
+    place = {"device": "a CPU", "cores": 2, "load": 1.26, "commit": "0123456789", "dirty": True}
+    jitter = place | {
+        "case": {"priority": None, "seconds": 60.0},
+        "result": {
+            "tick_error_p50_ms": 0.1, "tick_error_p99_ms": 1.5, "tick_error_max_ms": 3.25,
+            "missed_ticks": 0, "stalls_visible": 7, "stalls_injected": 8, "held_ticks": 12,
+        },
+    }  # fmt: skip
+    load = place | {
+        "policy": "sleeps 20 ms", "max_batch": 1, "overhead_ms": {"p50": 1.234, "p99": 2.0},
+        "clients": 32, "seconds": 60.0, "replies": {"least": 80, "most": 82, "all": 2600},
+        "starved": 0, "disconnected": 1, "server_rss_mib": {"half_time": 500.4, "end": 501.0},
+    }  # fmt: skip
+    for name, record in {"loop-jitter": jitter, "serve-load": load}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    runs = read_runs(tmp_path)
+    shown = render(between("loop-jitter") + between("serve-load"), [], None, runs)
+    assert "| 1.3 | – | 60 | 0.10 | 1.50 | 3.25 | 0 | 7/8 | 12 | 0123456* |" in shown
+    assert "| 1 | 1.23 | 2.00 | 32 | 60 | 80–82 | 43.3 | 0 | 1 | 500 → 501 |" in shown
+    assert render(between("loop-jitter"), []) == between("loop-jitter")

@@ -117,6 +117,27 @@ def test_deltas_are_added_to_the_state_that_is_not_normalised(table_tokenizer: T
     np.testing.assert_array_equal(normalized, kept)
 
 
+@pytest.mark.parametrize("robot", ["none", "aloha"])
+def test_normalized_is_the_inverse_of_outputs(robot: Any, table_tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(4)
+    low = rng.normal(size=14)
+    config = ProcessingConfig(
+        robot=robot,
+        robot_action_dim=14,
+        delta_mask=((True,) * 6 + (False,)) * 2,
+        action_stats=FeatureStats(q01=tuple(low), q99=tuple(low + rng.uniform(1, 3, 14))),
+    )
+    processor = Processor(config, 32, table_tokenizer)
+    seen = observation(np.linspace(-1, 1, 14, dtype=np.float32))
+    chunk = rng.normal(size=(5, 32)).astype(np.float32)
+    actions = processor.outputs(chunk, seen)
+    kept = actions.copy()
+    np.testing.assert_allclose(processor.normalized(actions, seen), chunk[:, :14], atol=1e-5)
+    np.testing.assert_array_equal(actions, kept)
+    with pytest.raises(ValueError, match=r"actions must be \(r, 14\), got \(5, 32\)"):
+        processor.normalized(chunk, seen)
+
+
 def test_aloha_adds_deltas_in_the_model_s_units(table_tokenizer: Tokenizer) -> None:
     config = ProcessingConfig(
         robot="aloha", robot_action_dim=14, delta_mask=((True,) * 6 + (False,)) * 2

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from halfpi.model import Guidance
-from halfpi.runtime import ControlLoop, LoopReport, Scheduler, VirtualClock
+from halfpi.runtime import ControlLoop, LoopReport, Scheduler, VirtualClock, repeat_last
 from halfpi.runtime.schedulers import Request
 from halfpi.types import ActionChunk, Observation
 
@@ -104,12 +104,11 @@ def simulate() -> Callable[..., Simulation]:
         scheduler: Scheduler,
         latencies_s: Iterable[float] | None = None,
         script: Script = counting,
-        hold: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+        hold: Callable[[NDArray[np.float32]], NDArray[np.float32]] = repeat_last,
     ) -> Simulation:
         policy, robot = ScriptedPolicy(script), RecordingRobot()
         clock = VirtualClock() if latencies_s is None else VirtualClock(latencies_s)
-        extra = {} if hold is None else {"hold": hold}
-        loop = ControlLoop(policy, robot, RATE_HZ, scheduler, clock=clock, **extra)
+        loop = ControlLoop(policy, robot, RATE_HZ, scheduler, clock=clock, hold=hold)
         return Simulation(policy, robot, clock, loop)
 
     return build

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from halfpi.model import Guidance
+from halfpi.runtime import load_run
 from halfpi.types import ActionChunk, Observation
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_robot.py"
@@ -40,7 +41,7 @@ class Upwards:
 
 
 def test_the_plain_robot(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     spec = importlib.util.spec_from_file_location("plain_robot", EXAMPLE)
     assert spec is not None
@@ -48,7 +49,9 @@ def test_the_plain_robot(
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     monkeypatch.setattr(example, "load_policy", lambda checkpoint: Upwards())
-    example.main(seconds=0.25)
+    run = tmp_path / "run.jsonl"
+    example.main(run=str(run), seconds=0.25)
     summary = json.loads(capsys.readouterr().out)
     assert summary["ticks"] + summary["missed_ticks"] == 5
     assert summary["failed_calls"] == 0
+    assert load_run(run)[0].summary() == summary

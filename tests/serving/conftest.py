@@ -28,6 +28,7 @@ from halfpi.serving.wire import packb, unpackb
 from halfpi.types import StageTimes
 
 HORIZON, ACTION_DIM = 7, 6
+TIMES = StageTimes(vision_ms=1.0, prefill_ms=2.0, denoise_ms=4.0)
 PROCESSING = ProcessingConfig(
     cameras=("base", "wrist"),
     image_size=28,
@@ -79,18 +80,38 @@ class StubEngine:
         *_: object,
     ) -> tuple[torch.Tensor, StageTimes]:
         actions = torch.full(noise.shape, self.act(inputs))
-        return actions, StageTimes(vision_ms=1.0, prefill_ms=2.0, denoise_ms=4.0)
+        return actions, TIMES
+
+
+class BatchingEngine(StubEngine):
+    """Also takes several observations in one pass; `passes` has the size of each."""
+
+    def __init__(self, act: Callable[[ModelInputs], float], horizon: int) -> None:
+        super().__init__(act, horizon)
+        self.passes: list[int] = []
+
+    def run_many(
+        self, inputs: ModelInputs, noise: torch.Tensor, *_: object
+    ) -> tuple[torch.Tensor, StageTimes]:
+        self.passes.append(len(noise))
+        names = [field.name for field in dataclasses.fields(inputs)]
+        rows = [
+            ModelInputs(**{name: getattr(inputs, name)[i : i + 1] for name in names})
+            for i in range(len(noise))
+        ]
+        return torch.stack([self.run(*row)[0] for row in zip(rows, noise, strict=True)]), TIMES
 
 
 def stub_policy(
     act: Callable[[ModelInputs], float] = lambda _: 0.0,
     horizon: int = HORIZON,
     robot: RobotName = "none",
+    engine: type[StubEngine] = StubEngine,
 ) -> Policy:
     """A policy whose engine only calls `act`, which may also block or raise."""
     processing = dataclasses.replace(PROCESSING, robot=robot)
     processor = Processor(processing, ACTION_DIM, ByteTokenizer())
-    return Policy(processor, cast("EagerEngine", StubEngine(act, horizon)))
+    return Policy(processor, cast("EagerEngine", engine(act, horizon)))
 
 
 class Loopback:
@@ -98,6 +119,7 @@ class Loopback:
 
     observation = OBSERVATION
     policy = staticmethod(stub_policy)
+    single, batching = StubEngine, BatchingEngine
 
     def serve(
         self, factory: Callable[[], Policy] = stub_policy, **config: Any

@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import msgpack
 import numpy as np
 import pytest
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from halfpi.serving.server import Server
 from halfpi.serving.wire import packb
@@ -157,12 +158,38 @@ async def test_fragments_count_together(loopback: Loopback) -> None:
             "refused: camera base: a float image must be in [0, 1], got values from nan",
         ),
         ({"observation.images.top": np.zeros((4, 4, 3), np.uint8)}, "refused: unknown camera"),
+        ({"halfpi": {"prompt_id": 1}}, "refused: 'halfpi' has no prompt_id"),
         ({"halfpi": {"steps": 10**9}}, "refused: 'steps' must be an int from 1 to 100"),
     ],
 )
 async def test_a_bad_observation(loopback: Loopback, changes: dict[str, Any], message: str) -> None:
     async with loopback.serve() as server, loopback.unharmed(server):
         assert message in await loopback.fault(server, **changes)
+
+
+async def test_the_state_under_a_wrong_key(loopback: Loopback) -> None:
+    data = dict(loopback.observation)
+    data["observation/state"] = data.pop("observation.state")
+    async with loopback.serve() as server, loopback.unharmed(server):
+        socket = await loopback.connect(server)
+        await socket.recv()
+        await socket.send(packb(data))
+        assert "observation.state" in await socket.recv(decode=True)
+        await loopback.assert_closed(socket, 1011)
+
+
+async def test_a_wrong_api_key(loopback: Loopback, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("right\n")
+    right = {"Authorization": "Api-Key right"}
+    async with (
+        loopback.serve(api_key_file=keys) as server,
+        loopback.connect(server, additional_headers=right) as other,
+    ):
+        await other.recv()
+        with pytest.raises(InvalidStatus, match="HTTP 401"):
+            await loopback.connect(server, additional_headers={"Authorization": "Api-Key no"})
+        assert "actions" in await loopback.ask(other)
 
 
 async def test_the_policy_raises(loopback: Loopback, caplog: pytest.LogCaptureFixture) -> None:

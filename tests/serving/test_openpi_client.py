@@ -1,46 +1,18 @@
-"""The real openpi-client, in an environment of its own, against a server of ours.
-
-It needs NumPy 1, so it cannot be imported here: scripts run in `.venv-openpi-client`, which is made
-at the first run and kept.
-"""
+"""The real openpi-client, in an environment of its own, against a server of ours."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 
 if TYPE_CHECKING:
     from tests.serving.conftest import Loopback
 
 ROOT = Path(__file__).parents[2]
-# It does not say that it needs the last one.
-REQUIREMENTS = ("openpi-client==0.1.2", "numpy<2", "typing_extensions")
-
-
-@pytest.fixture(scope="session")
-def openpi_python() -> str:
-    """The interpreter of an environment that has openpi-client."""
-    venv = ROOT / ".venv-openpi-client"
-    python = venv / "bin" / "python"
-    ready = venv / ".ready"
-    if not ready.exists():
-        try:
-            subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
-            subprocess.run(install, check=True, timeout=300)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            shutil.rmtree(venv, ignore_errors=True)
-            pytest.skip(f"openpi-client cannot be installed: {error}")
-        ready.touch()
-    return str(python)
 
 
 async def run(*command: str) -> str:

@@ -15,7 +15,7 @@ async def test_clients_take_turns_however_often_they_ask() -> None:
     for client in (1, 1, 2, 1, 3, 1):
         queue.put(Request(client, 1))
     for _ in range(7):
-        request = await queue.get()
+        [request] = await queue.get()
         served.append(request.client)
         queue.put(Request(request.client, 1))
     assert served == [1, 2, 3, 1, 2, 3, 1]
@@ -28,8 +28,8 @@ async def test_the_newest_observation_takes_the_place_of_the_older() -> None:
     assert queue.put(other) is None
     assert queue.put(newer) is older
     assert (len(queue), queue.size_bytes) == (2, 31)
-    assert await queue.get() is newer
-    assert await queue.get() is other
+    assert await queue.get() == [newer]
+    assert await queue.get() == [other]
     assert (len(queue), queue.size_bytes) == (0, 0)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from websockets.exceptions import InvalidMessage, InvalidStatus
 
+from halfpi.integrations.openpi import OpenpiPolicy
 from halfpi.policy import Policy
-from halfpi.serving.adapter import OpenpiPolicy
 from halfpi.serving.config import ServeConfig
 from halfpi.serving.server import Server
 from halfpi.serving.wire import packb, unpackb

@@ -14,6 +14,7 @@ from PIL import Image
 
 from halfpi import cli
 from halfpi.policy import Policy, load_policy
+from halfpi.runtime import RerunLog
 from halfpi.sim import demo, environment
 from halfpi.sim.environment import MetaWorldEnvironment
 from halfpi.sim.evaluate import EvalConfig
@@ -53,6 +54,21 @@ def test_an_episode_comes_with_its_sheet(
     assert sheet == tmp_path / "new" / f"window-close-{HELD_OUT_SEED}.png"
     with Image.open(sheet) as image:
         assert image.size == (2 * 112, 2 * 112)
+
+
+def test_a_recording_has_every_call(
+    environment: MetaWorldEnvironment, policy: Policy, tmp_path: Path
+) -> None:
+    chunks = pytest.importorskip("rerun.chunk")
+    path = tmp_path / "demo.rrd"
+    config = EvalConfig(num_steps=2, max_steps=16)
+    with RerunLog(path) as log:
+        list(demo.play(policy, [environment.task], 1, config, tmp_path, log))
+    rows: dict[str, int] = {}
+    for chunk in chunks.RrdReader(path).stream():
+        rows[chunk.entity_path] = rows.get(chunk.entity_path, 0) + chunk.num_rows
+    assert rows["/camera/scene"] == rows["/chunk"] == rows["/stage/denoise_ms"] == 2
+    assert rows["/events"] == 1
 
 
 def test_recorded_frames_are_compared_with_the_expert(policy: Policy) -> None:

@@ -15,7 +15,7 @@ from halfpi.sim.evaluate import Episode, EvalConfig, evaluate, play_episode
 from halfpi.sim.record import HELD_OUT_SEED
 from halfpi.sim.rendering import RenderingUnavailableError
 from halfpi.sim.tasks import SHARED_SCENE, TASKS, select
-from halfpi.types import Observation
+from halfpi.types import ActionChunk, Observation
 
 CONFIG = EvalConfig(num_steps=4, max_steps=150)
 
@@ -66,11 +66,16 @@ def test_the_wrong_instruction_does_not_solve_the_task(
 
 
 def test_the_watcher_sees_every_call(environment: MetaWorldEnvironment, policy: Policy) -> None:
-    seen: list[Observation] = []
+    seen: list[tuple[Observation, ActionChunk]] = []
+
+    def watch(observation: Observation, chunk: ActionChunk) -> None:
+        seen.append((observation, chunk))
+
     config = EvalConfig(num_steps=1, execute=5, max_steps=12)
-    episode = play_episode(policy, environment, HELD_OUT_SEED, config, watch=seen.append)
+    episode = play_episode(policy, environment, HELD_OUT_SEED, config, watch=watch)
     assert (episode.steps, len(seen), len(episode.times)) == (12, 3, 3)
-    assert {observation.prompt for observation in seen} == {environment.task.instruction}
+    assert {observation.prompt for observation, _ in seen} == {environment.task.instruction}
+    assert tuple(chunk.times for _, chunk in seen) == episode.times
 
 
 @pytest.mark.parametrize("name", ["num_steps", "execute", "max_steps"])

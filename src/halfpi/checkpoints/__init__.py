@@ -5,7 +5,7 @@ from __future__ import annotations
 from halfpi.checkpoints.checkpoint import Checkpoint, CheckpointSummary, open_checkpoint
 from halfpi.checkpoints.convert import convert
 from halfpi.checkpoints.errors import CheckpointError
-from halfpi.checkpoints.load import load_model
+from halfpi.checkpoints.load import load_model, model_of_module
 from halfpi.checkpoints.save import save_model
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointSummary",
     "convert",
     "load_model",
+    "model_of_module",
     "open_checkpoint",
     "save_model",
 ]

@@ -120,10 +120,10 @@ def open_checkpoint(
     other or an override, and for every missing, unexpected or misshapen tensor and wrong dtype.
     """
     contents = _read(Path(path), asset_id)
-    reject_pi0(contents)
+    reject_pi0(contents.tensors, contents.root)
     shapes = {name: tensor.shape for name, tensor in contents.tensors.items()}
     config = derive_config(shapes, contents.stated, config_overrides)
-    tensors, unused = select_tensors(contents, config)
+    tensors, unused = select_tensors(contents.tensors, contents.unknown, config, contents.root)
     processing_overrides = processing_overrides or {}
     processing = build_processing(config, contents.processing, processing_overrides)
     settled = {*config_overrides, *processing_overrides}

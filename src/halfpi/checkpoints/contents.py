@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,25 +54,34 @@ class Contents:
     assumptions: tuple[Assumption, ...] = field(default=())
 
 
-def stored_tensors(
-    path: Path, canonical_name: Callable[[str], str | None]
-) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors of a safetensors file under canonical names, and the stored names that have none.
-
-    Raises CheckpointError when two stored tensors claim the same canonical name.
-    """
+def file_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file. Raises CheckpointError when it is none."""
     file = SafetensorsFile(path)
+    return [
+        StoredTensor(name, entry.shape, entry.dtype, partial(file.read, name))
+        for name, entry in file.entries.items()
+    ]
+
+
+def by_canonical_name(
+    stored: Iterable[StoredTensor], canonical_name: Callable[[str], str | None], source: object
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """The tensors under canonical names, and the stored names that have none.
+
+    source: what errors say they are from.
+    Raises CheckpointError when two of them claim the same canonical name.
+    """
     tensors: dict[str, StoredTensor] = {}
     unknown = []
-    for stored_as, entry in file.entries.items():
-        name = canonical_name(stored_as)
+    for tensor in stored:
+        name = canonical_name(tensor.stored_as)
         if name is None:
-            unknown.append(stored_as)
+            unknown.append(tensor.stored_as)
             continue
         if name in tensors:
             raise CheckpointError(
-                f"{path} stores {name} twice: as {tensors[name].stored_as} and as {stored_as}"
+                f"{source} stores {name} twice: as {tensors[name].stored_as} "
+                f"and as {tensor.stored_as}"
             )
-        read = partial(file.read, stored_as)
-        tensors[name] = StoredTensor(stored_as, entry.shape, entry.dtype, read)
+        tensors[name] = tensor
     return tensors, tuple(unknown)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from halfpi.checkpoints.contents import Contents, stored_tensors
+from halfpi.checkpoints.contents import Contents, by_canonical_name, file_tensors
 from halfpi.checkpoints.errors import CheckpointError
 from halfpi.checkpoints.json_files import member, read_json
 from halfpi.config import (
@@ -52,7 +52,8 @@ def read_halfpi(root: Path) -> Contents:
             raise CheckpointError(
                 f"{where}: {name} is {value} in model, {fields[name]} in processing"
             )
-    tensors, unknown = stored_tensors(root / WEIGHTS, lambda name: name)
+    weights = root / WEIGHTS
+    tensors, unknown = by_canonical_name(file_tensors(weights), lambda name: name, weights)
     return Contents(
         format="halfpi",
         root=root,

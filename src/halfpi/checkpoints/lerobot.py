@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halfpi.checkpoints.contents import Assumption, Contents
+from halfpi.checkpoints.contents import Assumption, Contents, file_tensors
 from halfpi.checkpoints.errors import CheckpointError
 from halfpi.checkpoints.json_files import member, read_json
 from halfpi.checkpoints.safetensors_io import SafetensorsFile
@@ -22,7 +22,7 @@ _NORM_MODES: Mapping[str, NormMode] = {
     "IDENTITY": "identity",
 }
 _NORM_EPS = 1e-8  # the default of LeRobot's normalize_processor.py
-_UNSUPPORTED = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
+UNSUPPORTED = ("use_peft", "use_visual_memory", "use_proprioceptive_memory")
 _MAX_EMPTY_CAMERAS = 16
 _IMAGES = "observation.images."
 _PADDING_UNKNOWN = Assumption(
@@ -45,10 +45,11 @@ def read_lerobot(root: Path) -> Contents:
     config = read_json(where)
     if config.get("type") != "pi05":
         raise CheckpointError(f"{where} is of policy type {config.get('type')!r}, expected 'pi05'")
-    for key in _UNSUPPORTED:
+    for key in UNSUPPORTED:
         if config.get(key):
             raise CheckpointError(f"{where} has {key} set, which halfpi does not support")
-    tensors, unknown = torch_tensors(root / "model.safetensors")
+    weights = root / "model.safetensors"
+    tensors, unknown = torch_tensors(file_tensors(weights), weights)
     pre = _read_steps(root / "policy_preprocessor.json")
     post = _read_steps(root / "policy_postprocessor.json")
     return Contents(

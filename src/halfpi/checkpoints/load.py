@@ -1,15 +1,20 @@
-"""A checkpoint as a model."""
+"""A checkpoint, or a model of another framework, as a model."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from halfpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from halfpi.checkpoints.strict import meta_model
+from halfpi.checkpoints.contents import StoredTensor
+from halfpi.checkpoints.sizes import derive_config
+from halfpi.checkpoints.strict import meta_model, reject_pi0, select_tensors
+from halfpi.checkpoints.torch_names import torch_tensors
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
 
@@ -38,11 +43,43 @@ def load_model(
         # They are of the horizon and of processing, which the model itself does not use.
         warnings.simplefilter("ignore", UserWarning)
         opened = opened_checkpoint(checkpoint, options)
-    model = meta_model_in(opened.config, dtype)
+    return _filled(opened.config, dtype, device, opened.tensors())
+
+
+def model_of_module(module: nn.Module, *, dtype: str = "float32", **stated: int | float) -> Pi05:
+    """The model of a π0.5 that is loaded in openpi or LeRobot, ready for inference.
+
+    module: openpi's PI0Pytorch, or PI05Pytorch, the `model` of LeRobot's policy.
+    dtype: as in `load_model`. stated: the fields of `Pi05Config` that shapes do not tell.
+
+    The model stays on the module's device. Tensors that have the right dtype already are shared
+    with the module; the others are copied.
+
+    Raises CheckpointError for π0, for every missing, unexpected or misshapen tensor and for what
+    contradicts a shape; ValueError for another dtype.
+    """
+    source = type(module).__name__
+    stored = [
+        StoredTensor(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
+        for name, tensor in module.state_dict().items()
+    ]
+    tensors, unknown = torch_tensors(stored, source)
+    reject_pi0(tensors, source)
+    config = derive_config({name: each.shape for name, each in tensors.items()}, stated, {})
+    needed, _ = select_tensors(tensors, unknown, config, source)
+    return _filled(config, dtype, None, ((name, each.read()) for name, each in needed.items()))
+
+
+def _filled(
+    config: Pi05Config,
+    dtype: str,
+    device: torch.device | str | None,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> Pi05:
+    """A model of `tensors`, each taken as it comes, on `device` or, if None, where it is."""
+    model = meta_model_in(config, dtype)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    state = {
-        name: tensor.to(device=device, dtype=dtypes[name]) for name, tensor in opened.tensors()
-    }
+    state = {name: tensor.to(device=device, dtype=dtypes[name]) for name, tensor in tensors}
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halfpi.checkpoints.contents import Contents
+from halfpi.checkpoints.contents import Contents, file_tensors
 from halfpi.checkpoints.json_files import member, read_json
 from halfpi.checkpoints.openpi_assets import read_assets
 from halfpi.checkpoints.torch_names import torch_tensors
@@ -15,7 +15,8 @@ def read_openpi_torch(root: Path, asset_id: str | None) -> Contents:
 
     Raises CheckpointError for unreadable files and for what `read_assets` raises.
     """
-    tensors, unknown = torch_tensors(root / "model.safetensors")
+    weights = root / "model.safetensors"
+    tensors, unknown = torch_tensors(file_tensors(weights), weights)
     assets = read_assets(root, asset_id)
     stated, assumptions = dict(assets.stated), assets.assumptions
     config = root / "config.json"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from halfpi.checkpoints.contents import Contents, StoredTensor
+from halfpi.checkpoints.contents import StoredTensor
 from halfpi.checkpoints.errors import CheckpointError, listing
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
@@ -28,25 +28,25 @@ def meta_model(config: Pi05Config) -> Pi05:
         return Pi05(config)
 
 
-def reject_pi0(contents: Contents) -> None:
+def reject_pi0(tensors: Mapping[str, StoredTensor], source: object) -> None:
     """Raise CheckpointError for π0, whose expert has plain norms and fuses the time elsewhere."""
-    tensors = contents.tensors
     time_mlp = tensors.get("time_mlp_in.weight")
     is_pi05 = any(".dense." in name for name in tensors) or (
         time_mlp is not None and "action_time_mlp" not in time_mlp.stored_as
     )
     if "action_in.weight" in tensors and not is_pi05:
         raise CheckpointError(
-            f"{contents.root} holds π0, not π0.5: it has no time_mlp_in and the expert's norms "
+            f"{source} holds π0, not π0.5: it has no time_mlp_in and the expert's norms "
             "are not adaptive; halfpi runs π0.5 only"
         )
 
 
 def select_tensors(
-    contents: Contents, config: Pi05Config
+    tensors: Mapping[str, StoredTensor], unknown: Sequence[str], config: Pi05Config, source: object
 ) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors that a `Pi05(config)` needs, in stored order, and the names of unused ones.
+    """Those of `tensors` that a `Pi05(config)` needs, in their order, and the names of unused ones.
 
+    unknown: names of further tensors, which are unexpected. source: what errors say they are from.
     Raises CheckpointError that names every missing, unexpected and misshapen tensor and every one
     that is not fp32, fp16 or bf16; of many, the first few.
     """
@@ -56,8 +56,8 @@ def select_tensors(
     last = f"prefix.layers.{config.depth - 1}"
     unused_of_last = {f"{last}.{module}.weight" for module in _UNUSED_OF_LAST_LAYER}
     needed: dict[str, StoredTensor] = {}
-    unused, unexpected = [], list(contents.unknown)
-    for name, tensor in contents.tensors.items():
+    unused, unexpected = [], list(unknown)
+    for name, tensor in tensors.items():
         if name in expected:
             needed[name] = tensor
         elif name in unused_of_last or _UNUSED.fullmatch(name):
@@ -76,7 +76,7 @@ def select_tensors(
     }
     found = [f"{problem}: {listing(names)}" for problem, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"{contents.root} does not fit the model; {'; '.join(found)}")
+        raise CheckpointError(f"{source} does not fit the model; {'; '.join(found)}")
     return needed, tuple(unused)
 
 

@@ -7,10 +7,9 @@ The names are those of the transformers modules that both build on. Before 4.52 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
-from halfpi.checkpoints.contents import StoredTensor, stored_tensors
+from halfpi.checkpoints.contents import StoredTensor, by_canonical_name
 
 _SIGLIP = {
     "embeddings.patch_embedding": "patch_embed",
@@ -77,9 +76,11 @@ def canonical_name(stored: str) -> str | None:
     return None
 
 
-def torch_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """`stored_tensors` of such a file, where the tied token table may be stored as the LM head."""
-    tensors, unknown = stored_tensors(path, canonical_name)
+def torch_tensors(
+    stored: Iterable[StoredTensor], source: object
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """`by_canonical_name` of theirs, where the tied token table may be stored as the LM head."""
+    tensors, unknown = by_canonical_name(stored, canonical_name, source)
     if "prefix.embed.weight" not in tensors and "prefix.lm_head.weight" in tensors:
         tensors["prefix.embed.weight"] = tensors.pop("prefix.lm_head.weight")
     return tensors, unknown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from halfpi.commands.console import notes, output, print_json, track
 from halfpi.policy import Policy, load_policy
+from halfpi.runtime.rerun_log import RerunLog
 from halfpi.sim import demo as sim_demo
 from halfpi.sim.evaluate import Episode, EvalConfig
 from halfpi.sim.evaluate import evaluate as play_all
@@ -42,9 +44,11 @@ def demo(options: Demo) -> None:
         backend=options.backend,
     )
     notes.print(f"{options.policy} on {policy.engine.device}, {options.num_steps} steps a call")
-    played = sim_demo.play(policy, tasks, options.episodes, config, options.output)
     try:
-        results = list(track(played, "episodes", len(tasks) * options.episodes))
+        with ExitStack() as stack:
+            log = None if options.rerun is None else stack.enter_context(RerunLog(options.rerun))
+            played = sim_demo.play(policy, tasks, options.episodes, config, options.output, log)
+            results = list(track(played, "episodes", len(tasks) * options.episodes))
     except RenderingUnavailableError as error:
         notes.print(f"[yellow]{error}.[/] Running on recorded frames instead, without simulation.")
         _demo_on_frames(policy, options.json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch
 from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint, save_model
 from halfpi.commands.console import notes, track
 from halfpi.config import PRESETS, ProcessingConfig, processing_from_json, to_json
+from halfpi.files import atomic_write
 from halfpi.policy import checkpoint_path, default_device
 from halfpi.processing.tokenizer import load_tokenizer
 from halfpi.sim.record import EPISODES_PER_SHARD, RecordConfig
@@ -79,9 +79,8 @@ def _processing(path: Path, data: Demonstrations, source: Checkpoint | None) -> 
     if path.exists():
         return processing_from_json(json.loads(path.read_text()))
     processing = data.processing(PRESETS["nano"]) if source is None else source.processing
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(to_json(processing)))
-    temporary.rename(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(to_json(processing)))
     return processing
 
 

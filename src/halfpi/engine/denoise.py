@@ -55,9 +55,8 @@ class DenoiseStage:
         operations: Operations,
         cache: Cache,
         inputs: DenoiseInputs,
-        narrow: torch.dtype,
     ) -> None:
-        """Allocate. narrow: dtype of products' inputs."""
+        """Allocate. Buffers that matrices read have the dtype of those."""
         self._config = config
         self._weights = weights
         self._ops = operations
@@ -65,6 +64,7 @@ class DenoiseStage:
         self._inputs = inputs
         device, rows = inputs.actions.device, inputs.actions.shape[0]
         width, dtype = config.expert_width, cache.keys.dtype
+        narrow = weights.layers[0].qkv.weight.dtype
         heads = (rows, config.q_heads, config.head_dim)
         self._residual = torch.empty(rows, width, device=device)
         self._final = torch.empty(rows, width, device=device)

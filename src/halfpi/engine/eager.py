@@ -72,6 +72,43 @@ class EagerEngine:
             )[0].cpu()
         return actions, StageTimes(**times)
 
+    @torch.inference_mode()
+    def run_many(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        num_steps: int,
+        given: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Tensor, StageTimes]:
+        """Actions fp32 (b, h, a) on the CPU for b observations in one pass, and its milliseconds.
+
+        inputs: of batch size b. noise: fp32 (b, h, a). given: fp32 (b, d, a). guidance: of b
+        chunks. Each row is what `run` gives for it alone, up to rounding; nothing is kept.
+        Cameras that no row has, and padding beyond the longest prompt, are left out.
+        """
+        times = dict[str, float]()
+        places = inputs.image_mask.any(0)
+        length = int(inputs.token_mask.sum(1).max())
+        with self._timed("vision_ms", times):
+            image_tokens = self._vision(to_model(inputs.images[:, places].to(self.device)))
+        with self._timed("prefill_ms", times):
+            cache = self._prefill(
+                image_tokens,
+                inputs.image_mask[:, places].to(self.device),
+                inputs.tokens[:, :length].to(self.device),
+                inputs.token_mask[:, :length].to(self.device),
+            )
+        with self._timed("denoise_ms", times):
+            actions = self._denoise(
+                cache,
+                noise.to(self.device),
+                num_steps,
+                None if given is None else given.to(self.device),
+                None if guidance is None else guidance.to(self.device),
+            ).cpu()
+        return actions, StageTimes(**times)
+
     def _prefix(
         self, inputs: ModelInputs, kept: Collection[int], times: dict[str, float]
     ) -> PrefixCache:

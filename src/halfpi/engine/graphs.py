@@ -10,15 +10,25 @@ Replay = Callable[[], None]
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Replay:
-    """`work` as a CUDA graph on `device`; on a CPU, which has none, `work` itself.
+    """`work` as a CUDA graph on `device`; on a CPU, which has none, `work` itself."""
+    return Graph(work, device) if device.type == "cuda" else work
 
-    `work` runs once before it is captured: that compiles its kernels and allocates what they need.
+
+class Graph:
+    """The kernels that `work` enqueues, captured.
+
+    It runs once before it is captured: that compiles its kernels and allocates what they need. A
+    graph knows addresses only, so `work`, which owns the tensors at them, is kept as well.
     """
-    if device.type != "cuda":
-        return work
-    work()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self._work = work
         work()
-    return graph.replay
+        torch.cuda.synchronize(device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            work()
+
+    def __call__(self) -> None:
+        """Replay on the current stream."""
+        self._graph.replay()

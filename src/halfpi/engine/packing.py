@@ -23,7 +23,7 @@ from halfpi.kernels.qkv_rope import paired
 from halfpi.model import Pi05
 from halfpi.model.siglip import VisionBlock
 from halfpi.quant import Scales, quantise
-from halfpi.quant.sites import quantised_sites
+from halfpi.quant.sites import matrix_products
 
 # Pixels of a patch are padded to whole steps along K of a product.
 PATCH_ALIGN = 64
@@ -123,7 +123,7 @@ class ExpertWeights:
 
 
 class Packer:
-    """Packs parts of `model` for `device`, in E4M3 with `scales`, else in `dtype`."""
+    """Packs parts of `model` for `device`, in E4M3 what has `scales`, else in `dtype`."""
 
     def __init__(
         self, model: Pi05, device: torch.device, dtype: torch.dtype, scales: Scales | None
@@ -133,7 +133,7 @@ class Packer:
         self._device = device
         self._dtype = dtype
         self._scales = scales
-        self._sites = {site.name: site for site in quantised_sites(model.config)}
+        self._sites = {site.name: site for site in matrix_products(model.config)}
 
     def vision(self) -> VisionWeights:
         """All of SigLIP and the projector."""
@@ -202,9 +202,9 @@ class Packer:
         linears = site.layers(self._model)
         weight = stack([self._moved(linear.weight) for linear in linears])
         bias = self._bias(linears)
-        if self._scales is None:
+        scales = None if self._scales is None else self._scales.sites.get(name)
+        if scales is None:
             return Matrix(weight, bias)
-        scales = self._scales.sites[name]
         inputs = torch.tensor(scales.input, device=self._device)
         if site.per_step:
             inputs = inputs[:, None]

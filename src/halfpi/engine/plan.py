@@ -18,7 +18,6 @@ from halfpi.engine.packing import Packer
 from halfpi.engine.prefill import Cache, PrefillStage
 from halfpi.engine.staging import Field, Staging
 from halfpi.engine.vision import VisionStage
-from halfpi.kernels.spec import FP8
 from halfpi.model import Pi05
 from halfpi.quant import Scales
 
@@ -52,7 +51,6 @@ def make_plan(
     """Pack `model` for `device`, allocate, compile and capture."""
     began = time.perf_counter()
     sizes, working = model.config, _WORKING[config.precision]
-    narrow = FP8 if config.precision == "fp8" else working
     packer = Packer(model, device, working, scales)
     operations = Operations(device)
     prefix_rows = config.max_cameras * sizes.tokens_per_image + config.max_prompt_tokens
@@ -60,15 +58,9 @@ def make_plan(
     embedded = torch.zeros(prefix_rows, sizes.prefix_width, dtype=working, device=device)
     cache = Cache.empty(sizes, prefix_rows + sizes.horizon, working, device)
 
-    prefill = PrefillStage(
-        sizes, packer.prefix(), operations, embedded, cache, staging.device, narrow
-    )
-    vision = VisionStage(
-        sizes, packer.vision(), operations, embedded, config.max_cameras, (working, narrow)
-    )
-    denoise = DenoiseStage(
-        sizes, packer.expert(), operations, cache, _denoise_inputs(staging), narrow
-    )
+    prefill = PrefillStage(sizes, packer.prefix(), operations, embedded, cache, staging.device)
+    vision = VisionStage(sizes, packer.vision(), operations, embedded, config.max_cameras)
+    denoise = DenoiseStage(sizes, packer.expert(), operations, cache, _denoise_inputs(staging))
     images = {torch.uint8: vision.pixels, torch.float32: vision.floats}
     tables = {steps: modulation_table(model, steps, device) for steps in config.num_steps}
     _fill_for_capture(staging, prefix_rows)

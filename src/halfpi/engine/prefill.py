@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfpi.config import Pi05Config
 from halfpi.engine.operations import Operations
-from halfpi.engine.packing import PrefixLayer, PrefixWeights
+from halfpi.engine.packing import Matrix, PrefixLayer, PrefixWeights
 from halfpi.model.attention import ROPE_BASE
 
 
@@ -54,9 +54,11 @@ class PrefillStage:
         embedded: Tensor,
         cache: Cache,
         inputs: dict[str, Tensor],
-        narrow: torch.dtype,
     ) -> None:
-        """Allocate. inputs: tokens and the three counts. narrow: dtype of products' inputs."""
+        """Allocate. inputs: tokens and the three counts.
+
+        A buffer has the dtype of the matrix that reads it.
+        """
         self._config = config
         self._weights = weights
         self._ops = operations
@@ -64,17 +66,21 @@ class PrefillStage:
         self._cache = cache
         self._tokens, self._image_count = inputs["tokens"], inputs["image_count"]
         self._token_count, self._count = inputs["token_count"], inputs["prefix_count"]
-        rows, dtype, device = embedded.shape[0], embedded.dtype, embedded.device
-        width = config.q_heads * config.head_dim
+        rows, device = embedded.shape[0], embedded.device
 
-        def empty(size: int, of: torch.dtype) -> Tensor:
-            return torch.empty(rows, size, dtype=of, device=device)
+        def read_by(matrix: Matrix) -> Tensor:
+            shape = (rows, matrix.weight.shape[1])
+            return torch.empty(shape, dtype=matrix.weight.dtype, device=device)
 
-        self._x = empty(config.prefix_width, dtype)
-        self._normed = empty(config.prefix_width, narrow)
-        self._query = empty(width, dtype)
-        self._mixed = empty(width, narrow)
-        self._hidden = empty(config.prefix_mlp, narrow)
+        self._x = torch.empty_like(embedded)
+        self._attn_normed = read_by(weights.last_kv)
+        if weights.layers:
+            layer = weights.layers[0]
+            heads = config.q_heads * config.head_dim
+            self._query = torch.empty(rows, heads, dtype=embedded.dtype, device=device)
+            self._mixed = read_by(layer.out)
+            self._mlp_normed = read_by(layer.gate_up)
+            self._hidden = read_by(layer.down)
 
     def enqueue(self, rows: int) -> None:
         """Run the prefix, whose valid tokens fit into `rows`."""
@@ -83,7 +89,7 @@ class PrefillStage:
             self._tokens, weights.embed, self._embedded,
             offset=self._image_count, count=self._token_count,
         )  # fmt: skip
-        x, normed = self._embedded[:rows], self._normed[:rows]
+        x, normed = self._embedded[:rows], self._attn_normed[:rows]
         for index, layer in enumerate(weights.layers):
             self._layer(index, layer, x)
             x = self._x[:rows]
@@ -94,9 +100,7 @@ class PrefillStage:
     def _layer(self, index: int, layer: PrefixLayer, x: Tensor) -> None:
         ops, count, rows = self._ops, self._count, x.shape[0]
         config, out = self._config, self._x[:rows]
-        normed, mixed, hidden = (
-            buffer[:rows] for buffer in (self._normed, self._mixed, self._hidden)
-        )
+        normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
         query, mixed_heads = (
             one[:rows].view(1, rows, config.q_heads, config.head_dim)
             for one in (self._query, self._mixed)
@@ -109,6 +113,7 @@ class PrefillStage:
             key_count=count, query_count=count,
         )  # fmt: skip
         ops.linear(mixed, layer.out, out, residual=x, count=count)
+        normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
         ops.rms_norm(out, layer.mlp_gain, normed, layer.gate_up, count)
         ops.geglu(normed, layer.gate_up, hidden, layer.down, count)
         ops.linear(hidden, layer.down, out, residual=out, count=count)

@@ -25,30 +25,31 @@ class VisionStage:
         operations: Operations,
         prefix: Tensor,
         max_cameras: int,
-        dtypes: tuple[torch.dtype, torch.dtype],
     ) -> None:
-        """Allocate for `max_cameras`. dtypes: the working one, and that of products' inputs."""
+        """Allocate for `max_cameras`. A buffer has the dtype of the matrix that reads it."""
         self._config = config
         self._weights = weights
         self._ops = operations
         self._prefix = prefix
-        working, narrow = dtypes
         device, rows = prefix.device, max_cameras * config.tokens_per_image
 
-        def empty(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(rows, width, dtype=dtype, device=device)
+        def read_by(matrix: Matrix) -> Tensor:
+            shape = (rows, matrix.weight.shape[1])
+            return torch.empty(shape, dtype=matrix.weight.dtype, device=device)
 
+        layer = weights.layers[0]
         size, width = config.image_size, config.vision_width
         self.pixels = torch.zeros(max_cameras, size, size, 3, dtype=torch.uint8, device=device)
         self.floats = torch.zeros(max_cameras, 3, size, size, device=device)
         self._positions = weights.position.repeat(max_cameras, 1)
-        self._patches = empty(weights.patch.weight.shape[1], working)
-        self._x = empty(width, working)
-        self._normed = empty(width, narrow)
-        self._final = empty(width, working)
-        self._qkv = empty(3 * width, working)
-        self._mixed = empty(width, narrow)
-        self._hidden = empty(config.vision_mlp, narrow)
+        self._patches = read_by(weights.patch)
+        self._x = torch.empty(rows, width, dtype=prefix.dtype, device=device)
+        self._qkv = torch.empty(rows, 3 * width, dtype=prefix.dtype, device=device)
+        self._attn_normed = read_by(layer.qkv)
+        self._mixed = read_by(layer.out)
+        self._mlp_normed = read_by(layer.fc1)
+        self._hidden = read_by(layer.fc2)
+        self._final = read_by(weights.projector)
 
     def enqueue(self, images: Tensor, first: int, count: int) -> None:
         """Encode blocks `first` … of `images`, which is `pixels` or `floats`."""
@@ -68,13 +69,12 @@ class VisionStage:
 
     def _layer(self, x: Tensor, layer: VisionLayer) -> None:
         ops, rows = self._ops, x.shape[0]
-        normed, hidden, mixed = (
-            buffer[:rows] for buffer in (self._normed, self._hidden, self._mixed)
-        )
+        normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
         ops.layer_norm(x, layer.attn_norm, normed, layer.qkv)
         ops.linear(normed, layer.qkv, self._qkv[:rows])
         self._attention(rows, layer.out)
         ops.linear(mixed, layer.out, x, residual=x)
+        normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
         ops.layer_norm(x, layer.mlp_norm, normed, layer.fc1)
         ops.linear(normed, layer.fc1, hidden, layer.fc2, gelu=True)
         ops.linear(hidden, layer.fc2, x, residual=x)

@@ -33,7 +33,7 @@ from halfpi.kernels.spec import (
     row_launches,
     row_stride,
 )
-from halfpi.kernels.tile import begin, partial_row, store
+from halfpi.kernels.tile import begin, partial_row, scalar, store
 
 
 def ada_rms_norm_reference(
@@ -82,6 +82,7 @@ def _ada_rms_norm_kernel(
         gate_row = tl.load(gate + time * stride_gate + cols, mask=inside, other=0.0)
         if alpha is not None:
             gate_row *= tl.load(alpha)
+    scale = scalar(scale, 1.0)
     begin(PDL)
 
     places = row * D + cols

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +34,7 @@ from halfpi.kernels.spec import (
     moved_bytes,
     poisoned_output,
 )
-from halfpi.kernels.tile import begin, fetch_rows, store, valid_count
+from halfpi.kernels.tile import begin, fetch_rows, scalar, store, valid_count
 
 _LOG2_E = math.log2(math.e)
 # Strides of this multiple or more are as good as each other: a load has at most 16 bytes.
@@ -54,12 +55,14 @@ def attention_reference(
     keys: Tensor,
     values: Tensor,
     key_count: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor]:
-    """softmax(query · keysᵀ / √k) · values over valid keys → (b, t, q, k).
+    """softmax((query + bias) · keysᵀ / √k) · values over valid keys → (b, t, q, k).
 
     query: (b, t, q, k). keys, values: (b, s, kv, k), q a multiple of kv. key_count: (b,), valid
-    keys of each sequence, the first ones.
+    keys of each sequence, the first ones. bias: (q, k).
     """
+    query = query if bias is None else (query + bias).to(query.dtype)
     group = query.shape[2] // keys.shape[2]
     q, key, value = (
         part.transpose(1, 2)
@@ -92,7 +95,7 @@ def _store_heads(pointer, rows, inside, value, scale, HEAD: tl.constexpr, WIDTH:
 
 @triton.jit
 def _attention_kernel(
-    query, keys, values, out, log_sums, scale, key_count, query_count,
+    query, keys, values, bias, out, log_sums, scale, key_count, query_count,
     batch_size, tokens, capacity, kv_heads, scaling,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
@@ -105,7 +108,7 @@ def _attention_kernel(
     batch = tl.program_id(2) // kv_heads
     head = tl.program_id(2) % kv_heads
     key_total = valid_count(key_count, batch, capacity)
-    query_total = valid_count(query_count, batch, tokens)
+    query_total, scale = valid_count(query_count, batch, tokens), scalar(scale, 1.0)
 
     keys += (batch * stride_kb + head * stride_kh) * UNIT
     values += (batch * stride_vb + head * stride_vh) * UNIT
@@ -126,6 +129,9 @@ def _attention_kernel(
         inside = token < query_total
         q_rows = (batch * stride_qb + token * stride_qt + q_head * stride_qh) * UNIT
         q = _load_heads(query, q_rows, inside, HEAD, WIDTH)
+        if bias is not None:
+            summand = _load_heads(bias, q_head * HEAD, inside, HEAD, WIDTH)
+            q = (q.to(tl.float32) + summand).to(q.dtype)
         acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
         highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -159,6 +165,7 @@ def _merge_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Average the `partials` (SPLITS, rows, k) of each row, weighted by 2^`log_sums`."""
+    scale = scalar(scale, 1.0)
     begin(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < rows_total
@@ -189,6 +196,7 @@ def attention(
     out: Tensor,
     launch: AttentionLaunch,
     *,
+    bias: Tensor | None = None,
     key_count: Tensor | None = None,
     query_count: Tensor | None = None,
     scale: Tensor | None = None,
@@ -198,9 +206,10 @@ def attention(
     """Write `attention_reference` to `out` (b, t, q, k).
 
     query: (b, t, q, k). keys, values: (b, s, kv, k). All three are bfloat16, with any strides but
-    contiguous heads. key_count, query_count: int32 (b,), how many of the s keys and t tokens are
-    valid: others are neither read nor written; a sequence with a valid query needs a valid key.
-    With pdl they are read before waiting: no kernel that may still run writes them.
+    contiguous heads. bias: fp32 (q, k), what a query projection without one left out; a key's bias
+    changes nothing, and a value's is constant in `out`. key_count, query_count: int32 (b,), how
+    many of the s keys and t tokens are valid: others are neither read nor written; a sequence with
+    a valid query needs a valid key.
     scale: fp32 (1,), quantises an E4M3 `out`. partials: (splits, b, t, q, k) and log_sums: fp32
     (splits, b, t, q), workspace when keys are split; bfloat16 partials halve its traffic.
 
@@ -209,6 +218,7 @@ def attention(
     b, t, q, k = query.shape
     s, kv = keys.shape[1:3]
     _check(query, keys, values, launch, key_count, query_count, partials, log_sums)
+    check("bias", bias, (q, k), torch.float32)
     check_output(out, (b, t, q, k), scale)
     split = launch.splits > 1
     width = _head_block(k)
@@ -216,7 +226,7 @@ def attention(
     unit = math.gcd(*strides, _ALIGNED)
     grid = (triton.cdiv(t * q // kv, launch.block_m), launch.splits, b * kv)
     _attention_kernel[grid](
-        query, keys, values, partials if split else out, log_sums if split else None,
+        query, keys, values, bias, partials if split else out, log_sums if split else None,
         None if split else scale, key_count, query_count, b, t, s, kv, k**-0.5 * _LOG2_E,
         *(stride // unit for stride in strides),
         GROUP=q // kv, HEAD=k, WIDTH=width, UNIT=unit, SPLITS=launch.splits,
@@ -233,7 +243,7 @@ def attention(
 
 def _head_block(head_dim: int) -> int:
     """What a head is padded to: the next power of two that a product can have."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def _check(
@@ -280,11 +290,12 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
         for tokens, heads in ((t, q), (s, kv), (s, kv))
     )
     invalid = torch.arange(s, device=device) >= key_count[:, None]
-    inputs = {
+    inputs: dict[str, Any] = {
         "query": query,
         "keys": keys.masked_fill(invalid[..., None, None], torch.nan),
         "values": values.masked_fill(invalid[..., None, None], torch.nan),
         "key_count": key_count,
+        "bias": torch.randn(q, k, device=device) if case["bias"] else None,
     }
     valid = torch.arange(t, device=device) < query_count[:, None]
     output = poisoned_output((b, t, q, k), case, device, valid)
@@ -319,10 +330,10 @@ def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
         (64, 64, 4, 2),
         (64, 32, 4, 2),
         (64, 32, 4, 3),
+        (64, 64, 8, 2),
         (128, 64, 8, 2),
-        (128, 32, 8, 2),
+        (128, 128, 8, 2),
         (64, 128, 4, 2),
-        (32, 64, 4, 2),
     )
     pdl = device.is_hopper_or_newer
     return tuple(
@@ -339,15 +350,15 @@ def _shared_bytes(case: Case, block_m: int, block_n: int, stages: int) -> int:
 
 
 def _cases() -> Iterator[Case]:
-    vision = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16, "missing": 0}
-    prefix = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1, "missing": 0}
+    vision = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16, "missing": 0, "bias": 1}
+    prefix = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1, "missing": 0, "bias": 0}
     for out_dtype in (torch.bfloat16, FP8):
         yield Case("vision", vision, out_dtype=out_dtype)
         yield Case("prefill", prefix, out_dtype=out_dtype)
         yield Case("expert", {**prefix, "t": 50, "s": 1018}, out_dtype=out_dtype)
-    ragged = {"b": 2, "t": 7, "q": 4, "k": 10, "s": 45, "kv": 2, "missing": 5}
+    ragged = {"b": 2, "t": 7, "q": 4, "k": 10, "s": 45, "kv": 2, "missing": 5, "bias": 0}
     yield Case("ragged", ragged, real=False)
-    ragged = {"b": 3, "t": 19, "q": 3, "k": 72, "s": 70, "kv": 1, "missing": 11}
+    ragged = {"b": 3, "t": 19, "q": 3, "k": 72, "s": 70, "kv": 1, "missing": 11, "bias": 1}
     yield Case("ragged-head", ragged, out_dtype=FP8, real=False)
 
 

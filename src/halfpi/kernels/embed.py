@@ -41,12 +41,13 @@ def _embed_kernel(
 ):  # fmt: skip
     index = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
-    begin(PDL)
     row = index if offset is None else index + tl.load(offset)
+    valid = valid_count(count, 0, L)
+    begin(PDL)
     token = tl.load(tokens + index).to(tl.int64)
-    if (index < valid_count(count, 0, L)) & (row < S) & (token >= 0) & (token < V):
+    if (index < valid) & (row < S) & (token >= 0) & (token < V):
         value = tl.load(table + token * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-        store(out + row * D + cols, value * scaling, None, cols < D)
+        store(out + row * D + cols, value * scaling, 1.0, cols < D)
 
 
 def embed(

@@ -34,6 +34,7 @@ from halfpi.kernels.tile import (
     begin_product,
     gelu_tanh,
     linear_tile,
+    scalar,
     split_pairs,
     store,
     tile_count,
@@ -61,8 +62,8 @@ def _geglu_kernel(
 ):  # fmt: skip
     first = tl.program_id(0)
     col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
+    valid, alpha, scale = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(scale, 1.0)
     begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
-    valid = valid_count(count, 0, M)
     tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
@@ -114,7 +115,7 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
     output = poisoned_output((m, n), case, device, torch.arange(m) < case["valid"])
     count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     partials = None
-    if launch.split_k > 1:
+    if launch.needs_partials:
         partials = torch.empty(launch.split_k, m, 2 * n, dtype=case.workspace_dtype, device=device)
     return Problem(
         run=lambda: geglu(

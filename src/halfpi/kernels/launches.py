@@ -27,10 +27,10 @@ _MANY_ROWS = (
     (128, 64, 1, 4, 4),
     (64, 64, 1, 4, 6),
 )
+# Warps that keep a multiprocessor's matrix units busy.
+_WARPS = 8
 # Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does.
 _FAST_SUM = 8192
-# Steps of K (128 products each) that join an fp32 sum together beyond it.
-_PROMOTE = 4
 # block_n, lines of memory a step along K, num_stages.
 _FEW_ROWS = ((64, 1, 4), (64, 1, 6), (64, 2, 3), (32, 1, 6), (32, 2, 4), (16, 2, 5), (128, 1, 4))
 
@@ -46,13 +46,29 @@ def linear_launches(
     return tuple(one for one in launches if one.shared_bytes(itemsize) <= device.shared_bytes)
 
 
+def split_linear_launches(
+    m: int, n: int, k: int, itemsize: int, device: Device
+) -> tuple[TileLaunch, ...]:
+    """Launches of `split_linear`; with many rows K is split until every multiprocessor has work."""
+    launches = linear_launches(m, n, k, itemsize, device)
+    if m <= FEW_ROWS:
+        return launches
+    return tuple(
+        dataclasses.replace(one, split_k=split_k, promote=one.promote and int(split_k == 1))
+        for split_k in (2, 1, 3, 4)
+        for one in launches
+        if one.programs == 0 and _tiles(one, m, n) * split_k <= 2 * device.multiprocessors
+        if split_k == 1 or not one.library
+    )
+
+
 def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[TileLaunch]:
     hopper = device.is_hopper_or_newer
     plain = [
         TileLaunch(
             block_m=block_m, block_n=block_n, block_k=lines * _LINE_BYTES // itemsize,
             num_warps=warps, num_stages=stages, pdl=hopper,
-            promote=_PROMOTE if itemsize == 1 and k > _FAST_SUM else 0,
+            promote=int(itemsize == 1 and k > _FAST_SUM),
         )
         for block_m, block_n, lines, warps, stages in _MANY_ROWS
     ]  # fmt: skip
@@ -60,11 +76,11 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
         return plain
     with_tma = [dataclasses.replace(one, tma=True) for one in plain]
     persistent = [
-        dataclasses.replace(one, programs=device.multiprocessors)
+        dataclasses.replace(one, programs=programs)
         for one in with_tma
-        if _tiles(one, m, n) > device.multiprocessors
+        if _tiles(one, m, n) > (programs := device.multiprocessors * (_WARPS // one.num_warps))
     ]
-    return with_tma + persistent + plain
+    return [*with_tma, *persistent, *plain[:2], TileLaunch(pdl=True, library=True)]
 
 
 def _tiles(launch: TileLaunch, m: int, n: int) -> int:

@@ -30,7 +30,7 @@ from halfpi.kernels.spec import (
     poisoned_output,
     row_launches,
 )
-from halfpi.kernels.tile import begin, partial_row, store, valid_count
+from halfpi.kernels.tile import begin, partial_row, scalar, store, valid_count
 
 
 def layer_norm_reference(
@@ -65,15 +65,18 @@ def _layer_norm_kernel(
     inside = cols < D
     factor = tl.load(weight + cols, mask=inside, other=0.0)
     summand = tl.load(bias + cols, mask=inside, other=0.0)
+    if partials_bias is not None:
+        update_bias = tl.load(partials_bias + cols, mask=inside, other=0.0)
+    valid, alpha, scale = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(scale, 1.0)
     begin(PDL)
-    if row < valid_count(count, 0, M):
+    if row < valid:
         places = row * D + cols
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         if SPLITS > 0:
             update = partial_row(partials, places, inside, M * D, SPLITS)
-            value += update if alpha is None else update * tl.load(alpha)
+            value += update * alpha
             if partials_bias is not None:
-                value += tl.load(partials_bias + cols, mask=inside, other=0.0)
+                value += update_bias
             tl.store(x + places, value.to(x.dtype.element_ty), mask=inside)
         value = tl.where(inside, value - tl.sum(value) / D, 0.0)
         value *= tl.rsqrt(tl.sum(value * value) / D + EPS)

@@ -29,12 +29,13 @@ from halfpi.kernels.spec import (
     random_operands,
     row_stride,
 )
-from halfpi.kernels.split_linear import launch_linear
+from halfpi.kernels.split_linear import launch_linear, multiply
 from halfpi.kernels.tile import (
     TileLaunch,
     begin_product,
     gelu_tanh,
     linear_tile,
+    scalar,
     store,
     tile_count,
     tile_origin,
@@ -74,20 +75,22 @@ def _linear_kernel(
 ):  # fmt: skip
     first = tl.program_id(0)
     col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
+    valid, alpha, scale = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(scale, 1.0)
     begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
-    valid = valid_count(count, 0, M)
     tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
-        value = linear_tile(
-            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
-            EVEN_K, TMA, PROMOTE,
-        )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
         cols = col + tl.arange(0, BLOCK_N)[None, :]
         inside = (rows < valid) & (cols < N)
         if bias is not None:
-            value += tl.load(bias + cols, mask=cols < N, other=0.0)
+            summand = tl.load(bias + cols, mask=cols < N, other=0.0)
+        value = linear_tile(
+            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_K, TMA, PROMOTE,
+        )  # fmt: skip
+        if bias is not None:
+            value += summand
         if GELU:
             value = gelu_tanh(value)
         if gate is not None:
@@ -117,7 +120,8 @@ def linear(
     x: (m, k), weight: (n, k), both bfloat16, E4M3 or fp32. alpha: fp32 (1,), the product of the
     scales of E4M3 operands. bias: fp32 (n,). gate: fp32 (m or 1, n), of any row stride. residual:
     (m, n), as `out` or fp32. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows
-    that are valid; others are neither computed nor written. partials: see `launch_linear`.
+    that are valid; others are neither computed nor written, except by a library alone. partials:
+    see `launch_linear`.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
@@ -127,6 +131,9 @@ def linear(
     check("bias", bias, (n,), torch.float32)
     check("alpha", alpha, (1,), torch.float32)
     check("count", count, (1,), torch.int32)
+    if launch.library and not gelu and all(one is None for one in (bias, gate, residual, scale)):
+        multiply(x, weight, out, alpha)
+        return
     launch_linear(
         _linear_kernel, x, weight, partials, launch,
         out, alpha, bias, gate, residual, scale, count,
@@ -152,7 +159,7 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
     output = poisoned_output((m, n), case, device, torch.arange(m) < case["valid"])
     count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     partials = None
-    if launch.split_k > 1:
+    if launch.needs_partials:
         partials = torch.empty(launch.split_k, m, n, dtype=case.workspace_dtype, device=device)
     return Problem(
         run=lambda: linear(
@@ -177,7 +184,7 @@ def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
 
 def _cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, FP8):
-        yield Case("vision-qkv", _sizes(768, 3456, 1152, bias=1), dtype)
+        yield Case("vision-qkv", _sizes(768, 3456, 1152), dtype)
         yield Case("vision-out", _sizes(768, 1152, 1152, bias=1, residual=1), dtype)
         yield Case("vision-fc1", _sizes(768, 4304, 1152, bias=1, gelu=1), dtype, dtype)
         yield Case("vision-fc2", _sizes(768, 1152, 4304, bias=1, residual=1), dtype)

@@ -27,7 +27,7 @@ from halfpi.kernels.spec import (
     poisoned_output,
     row_launches,
 )
-from halfpi.kernels.tile import begin, store
+from halfpi.kernels.tile import begin, scalar, store
 
 
 def patchify_reference(images: Tensor, patch: int, width: int) -> tuple[Tensor]:
@@ -53,6 +53,7 @@ def _patchify_kernel(
     pixel, channel = cols // CHANNELS, cols % CHANNELS
     y = place // patches_x * PATCH + pixel // PATCH
     x = place % patches_x * PATCH + pixel % PATCH
+    scale = scalar(scale, 1.0)
     begin(PDL)
     pointers = images + image * stride_n + y * stride_y + x * stride_x + channel * stride_c
     raw = tl.load(pointers, mask=cols < PATCH * PATCH * CHANNELS, other=0)

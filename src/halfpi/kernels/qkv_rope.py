@@ -37,6 +37,7 @@ from halfpi.kernels.tile import (
     TileLaunch,
     begin_product,
     linear_tile,
+    scalar,
     split_pairs,
     tile_count,
     tile_origin,
@@ -82,8 +83,8 @@ def _qkv_rope_kernel(
 ):  # fmt: skip
     first = tl.program_id(0)
     col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
+    valid, alpha, offset = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(offset, 0)
     begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
-    valid = valid_count(count, 0, M)
     tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
@@ -92,7 +93,7 @@ def _qkv_rope_kernel(
             EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
-        places = rows if offset is None else rows + tl.load(offset)
+        places = rows if offset is None else rows + offset
         inside = (rows < valid) & (places < capacity)
 
         # Values do not turn: their angle is zero.
@@ -188,7 +189,7 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
         for name in ("offset", "valid")
     )
     partials = None
-    if launch.split_k > 1:
+    if launch.needs_partials:
         partials = torch.empty(launch.split_k, m, n, dtype=case.workspace_dtype, device=device)
     return Problem(
         run=lambda: qkv_rope(

@@ -29,7 +29,7 @@ from halfpi.kernels.spec import (
     poisoned_output,
     row_launches,
 )
-from halfpi.kernels.tile import begin, partial_row, store, valid_count
+from halfpi.kernels.tile import begin, partial_row, scalar, store, valid_count
 
 # Of every norm in π0.5 (openpi gemma.py, siglip.py).
 NORM_EPS = 1e-6
@@ -68,13 +68,14 @@ def _rms_norm_kernel(
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
     factor = tl.load(gain + cols, mask=inside, other=0.0)
+    valid, alpha, scale = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(scale, 1.0)
     begin(PDL)
-    if row < valid_count(count, 0, M):
+    if row < valid:
         places = row * D + cols
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         if SPLITS > 0:
             update = partial_row(partials, places, inside, M * D, SPLITS)
-            value += update if alpha is None else update * tl.load(alpha)
+            value += update * alpha
             tl.store(x + places, value.to(x.dtype.element_ty), mask=inside)
         store(out + places, rms_normalised(value, D, EPS) * factor, scale, inside)
 

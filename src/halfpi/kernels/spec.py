@@ -24,7 +24,8 @@ class Launch:
     """How a kernel is launched: the knobs that tuning turns.
 
     pdl: programmatic dependent launch (sm_90 and newer). The kernel may start while the one before
-    it still runs; it fetches what does not depend on that one, then waits for it.
+    it still runs; it fetches what does not depend on that one, then waits for it. Weights, tables,
+    counts, offsets and scales are read before waiting: no kernel that may still run writes them.
     """
 
     num_warps: int = 4
@@ -170,7 +171,7 @@ class KernelSpec(Generic[L]):
 
 def row_launches(width: int, device: Device) -> tuple[Launch, ...]:
     """Launches of a kernel in which one program has a whole row of `width` elements."""
-    by_width = (4, 8, 2) if width > 512 else (1, 2)
+    by_width = (4, 8, 2, 1) if width > 512 else (1, 2)
     return tuple(Launch(warps, pdl=device.is_hopper_or_newer) for warps in by_width)
 
 

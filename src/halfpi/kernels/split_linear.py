@@ -9,6 +9,7 @@ adds them in a fixed order in its own kernel. That makes results deterministic w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.launches import split_linear_launches
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
@@ -68,8 +69,8 @@ def _split_linear_kernel(
     STEP: tl.constexpr = BLOCK_K * (PROMOTE if PROMOTE > 0 else 1)
     length = tl.cdiv(tl.cdiv(K, STEP), SPLIT_K) * STEP
     k_first = split * length
-    begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     valid = valid_count(count, 0, M)
+    begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     if row < valid:
         acc = product_tile(
             x, weight, row, col, k_first, tl.minimum(k_first + length, K), M, N, K,
@@ -78,7 +79,7 @@ def _split_linear_kernel(
         rows = row + tl.arange(0, BLOCK_M)[:, None]
         cols = col + tl.arange(0, BLOCK_N)[None, :]
         inside = (rows < valid) & (cols < N)
-        store(partials + (split * M + rows) * N + cols, acc, None, inside)
+        store(partials + (split * M + rows) * N + cols, acc, 1.0, inside)
 
 
 def split_linear(
@@ -92,7 +93,8 @@ def split_linear(
     """Write the products over `launch.split_k` ranges of K, see `split_linear_reference`.
 
     x: (m, k), weight: (n, k), both bfloat16 or both E4M3. partials: (split_k, m, n), float32 or
-    bfloat16. count: int32 (1,), the rows that are valid; others are neither computed nor written.
+    bfloat16, which it is for a library. count: int32 (1,), the rows that are valid; others are
+    neither computed nor written, except by a library.
 
     Raises ValueError naming the tensor that is not so.
     """
@@ -101,10 +103,31 @@ def split_linear(
     check("weight", weight, (n, k), x.dtype)
     check("partials", partials, (launch.split_k, m, n), *FLOATS)
     check("count", count, (1,), torch.int32)
+    if launch.library:
+        multiply(x, weight, partials[0])
+        return
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
     _split_linear_kernel[(tiles, launch.split_k)](
         *_operands(x, weight, launch), partials, count, m, n, k, **_tile_constants(launch, k)
     )
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor, alpha: Tensor | None = None) -> None:
+    """Write alpha · x · weightᵀ to bfloat16 `out` by cuBLAS; only E4M3 has an alpha.
+
+    Exact sums of E4M3 products cost it no time, so they stay on.
+    """
+    if x.dtype == FP8:
+        one = _one(x.device)
+        alpha = one if alpha is None else alpha
+        torch._scaled_mm(x, weight.T, alpha, one, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, device=device)
 
 
 def launch_linear(
@@ -118,24 +141,24 @@ def launch_linear(
 ) -> None:
     """Run an operation's `kernel` over all tiles of x (m, k) · weight (n, k)ᵀ.
 
-    With split_k > 1, `split_linear` first writes `partials` (split_k, m, n), and the kernel sums
-    them. It is called with x or partials, weight or None, `arguments`, M, N, K and the constants
-    of `linear_tile`.
+    With split_k > 1 or a library, `split_linear` first writes `partials` (split_k, m, n), and the
+    kernel sums them. It is called with x or partials, weight or None, `arguments`, M, N, K and the
+    constants of `linear_tile`.
     """
     (m, k), n = x.shape, weight.shape[0]
     check("x", x, (m, k), FP8, *FLOATS)
     check("weight", weight, (n, k), x.dtype)
-    if launch.split_k == 1:
+    if not launch.needs_partials:
         operands, tile = _operands(x, weight, launch), _tile_constants(launch, k)
     elif partials is None:
-        raise ValueError(f"partials must be given when K is split, got None with {launch}")
+        raise ValueError(f"partials must be given, got None with {launch}")
     else:
         split_linear(x, weight, partials, launch)
         operands = (partials, None)
         plain = dataclasses.replace(launch, ahead=0, tma=False, promote=0)
         tile = _tile_constants(plain, k) | _SUM_TILE
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    persistent = launch.split_k == 1 and launch.programs > 0
+    persistent = launch.programs > 0 and not launch.needs_partials
     grid = min(tiles, launch.programs) if persistent else tiles
     tile["PERSISTENT"] = persistent
     kernel[(grid,)](*operands, *arguments, m, n, k, **constants, **tile)
@@ -187,7 +210,7 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
 
 
 def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
-    return linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
+    return split_linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
 
 
 def _cases() -> Iterator[Case]:

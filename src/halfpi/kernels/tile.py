@@ -32,7 +32,8 @@ class TileLaunch(Launch):
     ahead: how many steps of weights are fetched into L2 before waiting for the kernel before (with
     pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how many steps an
     E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14 bits
-    (DeepSeek-V3 2024, 3.3.2); 0 is never.
+    (DeepSeek-V3 2024, 3.3.2); 0 is never. library: cuBLAS multiplies (bfloat16 or E4M3) all rows
+    into a workspace, as if K were split.
     """
 
     block_m: int = 128
@@ -43,14 +44,23 @@ class TileLaunch(Launch):
     tma: bool = False
     programs: int = 0
     promote: int = 0
+    library: bool = False
 
     def __post_init__(self) -> None:
         if self.ahead and (self.tma or not self.pdl):
             raise ValueError(f"ahead needs pdl and does not go with tma, got {self}")
+        if self.library and self.split_k > 1:
+            raise ValueError(f"a library does not split K, got {self}")
+
+    @property
+    def needs_partials(self) -> bool:
+        """Whether an operation needs a workspace (split_k, m, n) for partial products."""
+        return self.split_k > 1 or self.library
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipeline of operand tiles."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+        steps = self.num_stages * max(self.promote, 1)
+        return steps * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
 @triton.jit
@@ -87,6 +97,12 @@ def begin_product(
         for step in tl.static_range(AHEAD):
             fetch_rows(weight + cols * K, k + step * BLOCK_K, K, BLOCK_K)
     begin(PDL)
+
+
+@triton.jit
+def scalar(pointer, default):
+    """What `pointer` points to, or `default` without one. Load early: it is rarely in a cache."""
+    return default if pointer is None else tl.load(pointer)
 
 
 @triton.jit
@@ -184,14 +200,14 @@ def linear_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """fp32 tile of alpha · x · weightᵀ; with SPLIT_K > 1, x holds partial products."""
-    if SPLIT_K > 1:
+    """fp32 tile of alpha · x · weightᵀ; without a weight, x holds SPLIT_K partial products."""
+    if weight is None:
         acc = partial_tile(x, row, col, M, N, SPLIT_K, BLOCK_M, BLOCK_N)
     else:
         acc = product_tile(
             x, weight, row, col, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE
         )  # fmt: skip
-    return acc if alpha is None else acc * tl.load(alpha)
+    return acc * alpha
 
 
 @triton.jit
@@ -208,7 +224,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def store(pointers, value, scale, mask):
-    """Store fp32 `value`; with a static `scale` it is quantised to E4M3 first."""
-    if scale is not None:
-        value = tl.minimum(tl.maximum(value * (1.0 / tl.load(scale)), -_FP8_MAX), _FP8_MAX)
+    """Store fp32 `value`; E4M3 is quantised by the static `scale` first."""
+    if pointers.dtype.element_ty == tl.float8e4nv:
+        value = tl.minimum(tl.maximum(value * (1.0 / scale), -_FP8_MAX), _FP8_MAX)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from halfpi.config import PRESETS
+from halfpi.files import atomic_write
 from halfpi.perf.cases import standard_case
 from halfpi.perf.devices import devices
 from halfpi.perf.records import Record, newest, read_records
 from halfpi.perf.roofline import floors
+from halfpi.perf.run_tables import RUN_TABLES, read_runs
 from halfpi.perf.summaries import (
     TIMES,
     Summary,
@@ -34,11 +35,13 @@ from halfpi.perf.summaries import (
     standard,
 )
 
-# Name → the settings of one evaluation, as 'halfpi eval --output' writes them.
+# Name → the settings of one evaluation, as 'halfpi eval --output' writes them; or the records of
+# one script.
 Successes = Mapping[str, Sequence[Mapping[str, Any]]]
 
 RESULTS = Path("benchmarks/results")
 SUCCESSES = Path("benchmarks/success")
+RUNS = Path("benchmarks/runs")
 _MODEL = standard_case().model
 _MARKER = re.compile(r"^<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->$", re.MULTILINE)
 # Fields of a case → column.
@@ -55,13 +58,19 @@ class TableError(ValueError):
     """A document whose table markers do not pair up, or name no table."""
 
 
-def render(text: str, records: Sequence[Record], successes: Successes | None = None) -> str:
+def render(
+    text: str,
+    records: Sequence[Record],
+    successes: Successes | None = None,
+    runs: Successes | None = None,
+) -> str:
     """`text` with every table made anew. Raises TableError naming the marker that is wrong."""
     tables = {name: partial(make, records) for name, make in TABLES.items()}
     tables |= {
         f"success-{name}": partial(_success, settings)
         for name, settings in (successes or {}).items()
     }
+    tables |= {name: partial(_run_table, name, (runs or {}).get(name, ())) for name in RUN_TABLES}
     markers = list(_MARKER.finditer(text))
     parts, reached = [], 0
     for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
@@ -82,11 +91,12 @@ def stale_documents(root: Path) -> dict[Path, str]:
     and RecordError.
     """
     records, successes = read_records(root / RESULTS), _read_successes(root / SUCCESSES)
+    runs = read_runs(root / RUNS)
     stale = {}
     for path in [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         try:
-            rendered = render(text, records, successes)
+            rendered = render(text, records, successes, runs)
         except TableError as error:
             raise TableError(f"{path}: {error}") from error
         if rendered != text:
@@ -110,9 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = ", ".join(str(path) for path in stale)
         sys.exit(f"tables are stale in {names}; run python -m halfpi.perf.tables --write")
     for path, text in stale.items():
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _floors(_: Sequence[Record]) -> str:
@@ -168,6 +177,10 @@ def _peers(records: Sequence[Record]) -> str:
         for record in sorted(quoted, key=lambda record: (record.device, record.ms["total"].p50))
     ]
     return _table(("device", "engine", *_CASE.values(), "total ms", "source"), rows)
+
+
+def _run_table(name: str, records: Sequence[Mapping[str, Any]]) -> str:
+    return _table(*RUN_TABLES[name](records))
 
 
 def _read_successes(directory: Path) -> Successes:

@@ -103,6 +103,24 @@ class Processor:
             actions[:, relative] += state[relative]
         return self._robot.actions_to_robot(actions).astype(np.float32)
 
+    def normalized(
+        self, actions: NDArray[np.float32], observation: Observation
+    ) -> NDArray[np.float32]:
+        """The inverse of `outputs`, but for what that cuts off or clips.
+
+        actions: float32 (r, robot_action_dim), planned in the robot's units.
+        Returns float32 (r, robot_action_dim), as the model would give them for `observation`.
+        Raises ValueError on another shape.
+        """
+        if actions.ndim != 2 or actions.shape[1] != self.config.robot_action_dim:
+            expected = f"(r, {self.config.robot_action_dim})"
+            raise ValueError(f"actions must be {expected}, got {actions.shape}")
+        planned = self._robot.actions_to_model(actions.astype(np.float64))
+        relative = np.flatnonzero(self.config.delta_mask or ())
+        if relative.size:
+            planned[:, relative] -= self._model_state(observation)[relative]
+        return self.action_normalizer.normalize(planned).astype(np.float32)
+
     def rebase(
         self, normalized: NDArray[np.float32], was: Observation, now: Observation
     ) -> NDArray[np.float32]:

@@ -38,6 +38,7 @@ class Robot:
     state_dim, action_dim: what the robot has; None where any number will do.
     state_to_model: state (state_dim,) in the robot's units → the model's.
     actions_to_robot: actions (h, action_dim) in the model's units → the robot's, ready to execute.
+    actions_to_model: the way back.
     """
 
     image_prefix: str
@@ -48,6 +49,7 @@ class Robot:
     action_dim: int | None = None
     state_to_model: Callable[[Floats], Floats] = _unchanged
     actions_to_robot: Callable[[Floats], Floats] = _unchanged
+    actions_to_model: Callable[[Floats], Floats] = _unchanged
 
     def observation(self, data: Mapping[str, Any], cameras: tuple[str, ...]) -> Observation:
         """`data` as an `Observation` of the model's `cameras`; images stay as they came.
@@ -147,6 +149,15 @@ def _aloha_actions_to_robot(actions: Floats) -> Floats:
     return adapted
 
 
+def _aloha_actions_to_model(actions: Floats) -> Floats:
+    adapted: Floats = actions.copy()
+    closed, opened = _GRIPPER_JOINT_RAD
+    angle = closed + adapted[:, _ALOHA_GRIPPERS] * (opened - closed)
+    adapted[:, _ALOHA_GRIPPERS] = angle - _GRIPPER_MODEL_RAD[0]
+    adapted *= _ALOHA_SIGNS
+    return adapted
+
+
 def _clip_to_unit(actions: Floats) -> Floats:
     return np.clip(actions, -1, 1)
 
@@ -179,6 +190,7 @@ ROBOTS: Mapping[RobotName, Robot] = {
         action_dim=14,
         state_to_model=_aloha_state_to_model,
         actions_to_robot=_aloha_actions_to_robot,
+        actions_to_model=_aloha_actions_to_model,
     ),
     # State: the hand's x, y, z in metres and the gripper's opening. Actions: how the hand moves in
     # x, y, z and the gripper's effort, each of which the simulator takes within ±1.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from halfpi.checkpoints import Checkpoint, CheckpointError
 from halfpi.checkpoints.errors import listing
 from halfpi.checkpoints.json_files import member, read_json
 from halfpi.config import Pi05Config
+from halfpi.files import atomic_write
 from halfpi.quant.sites import Site, quantised_sites
 
 SCALES = "fp8_scales.json"
@@ -80,14 +80,10 @@ def save_scales(scales: Scales, checkpoint: Checkpoint) -> Path:
     """
     scales.check(checkpoint.config)
     data = {"version": _VERSION, "weights": weights_hash(checkpoint), **asdict(scales)}
-    path = checkpoint.path / SCALES
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    path, text = checkpoint.path / SCALES, json.dumps(data, indent=1, allow_nan=False)
     try:
-        try:
-            partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     return path

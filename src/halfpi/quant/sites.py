@@ -3,8 +3,13 @@
 A site is one matrix product of an engine: an input and the weights that read it, which share one
 scale because they are packed into one matrix. Its input is what the linear layers of the plain
 model read, so a norm's weight is already in it; whoever folds that weight into the matrix instead
-changes both scales. Not sites, and 16-bit: patch embedding, projector, action projections, and the
-time MLP and modulations, which a schedule needs once.
+changes both scales.
+
+Quantised are the MLPs of SigLIP and of the prefix, which are nearly all of their work, and the
+whole expert, where every byte of weights counts. Their attention projections stay 16-bit: they cost
+little, and in E4M3 too they would take the actions of a random full-size model below a cosine of
+0.999. So do the patch embedding, projector and action projections, and the time MLP and
+modulations, which a schedule needs once.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ _LAST_OF_PREFIX = {"attn.kv": ("k", "v")}
 
 @dataclass(frozen=True)
 class Site:
-    """One quantised matrix product.
+    """One matrix product.
 
     name: as in "expert.layers.3.mlp.gate_up". linears: canonical names of the `nn.Linear` modules
     whose weights, stacked along the outputs in this order, are the matrix.
@@ -48,14 +53,21 @@ class Site:
         return [cast("nn.Linear", model.get_submodule(name)) for name in self.linears]
 
 
-def quantised_sites(config: Pi05Config) -> tuple[Site, ...]:
-    """All sites of a model, in the order in which it runs them."""
+def matrix_products(config: Pi05Config) -> tuple[Site, ...]:
+    """The matrix products of all layers of a model, quantised or not, in the order it runs them."""
     last = config.depth - 1
     return (
         *_sites("vision", "vision", range(config.vision_depth), _SIGLIP),
         *_sites("prefix", "prefill", range(last), _GEMMA),
         *_sites("prefix", "prefill", range(last, config.depth), _LAST_OF_PREFIX),
         *_sites("expert", "denoise", range(config.depth), _GEMMA),
+    )
+
+
+def quantised_sites(config: Pi05Config) -> tuple[Site, ...]:
+    """The products that FP8 hybrid precision quantises, in the order in which a model runs them."""
+    return tuple(
+        site for site in matrix_products(config) if site.stage == "denoise" or ".mlp." in site.name
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from halfpi.runtime.clock import Clock, RealClock, VirtualClock
 from halfpi.runtime.loop import ChunkPolicy, ControlLoop, Robot, repeat_last
-from halfpi.runtime.report import Call, LoopReport, Stall
+from halfpi.runtime.report import Call, LoopReport, Stall, Watcher
+from halfpi.runtime.rerun_log import RerunLog
 from halfpi.runtime.reuse import ReuseConfig, ReuseReport, ReusingPolicy
 from halfpi.runtime.rtc import GuidedRtc, TrainedRtc
+from halfpi.runtime.run_file import load_run, save_run
 from halfpi.runtime.schedulers import (
     AdaptiveHorizon,
     Asynchronous,
@@ -27,6 +29,7 @@ __all__ = [
     "LoopReport",
     "RealClock",
     "RecedingHorizon",
+    "RerunLog",
     "ReuseConfig",
     "ReuseReport",
     "ReusingPolicy",
@@ -37,5 +40,8 @@ __all__ = [
     "TemporalEnsemble",
     "TrainedRtc",
     "VirtualClock",
+    "Watcher",
+    "load_run",
     "repeat_last",
+    "save_run",
 ]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from halfpi.model import Guidance
 from halfpi.runtime.clock import Clock, RealClock
 from halfpi.runtime.plan import NO_PLAN, Plan
-from halfpi.runtime.report import Call, DelayEstimate, LoopReport
+from halfpi.runtime.report import Call, Cause, DelayEstimate, LoopReport, Watcher, kept_names
 from halfpi.runtime.schedulers import Scheduler
 from halfpi.types import ActionChunk, Observation
 
@@ -76,7 +76,8 @@ class ControlLoop:
     """Runs `policy` on `robot` at `rate_hz`, as `scheduler` says.
 
     clock: real by default. hold: what to send, made from the last action, when no action is due; a
-    robot whose actions are displacements or velocities needs one that stops it.
+    robot whose actions are displacements or velocities needs one that stops it. watcher: is shown
+    every call and every tick.
 
     Inference runs on one other thread. What the loop has learnt of its delay stays from run to run.
     Raises ValueError if `rate_hz` is not positive.
@@ -91,6 +92,7 @@ class ControlLoop:
         *,
         clock: Clock | None = None,
         hold: Callable[[Action], Action] = repeat_last,
+        watcher: Watcher | None = None,
     ) -> None:
         if not rate_hz > 0:
             raise ValueError(f"rate_hz must be positive, got {rate_hz}")
@@ -100,6 +102,7 @@ class ControlLoop:
         self.scheduler = scheduler
         self.clock: Clock = RealClock() if clock is None else clock
         self.hold = hold
+        self.watcher = watcher
         self.report = LoopReport(rate_hz)
         self._delay = DelayEstimate()
         self._warm = False
@@ -163,10 +166,11 @@ class ControlLoop:
         self._flight = None
         failure = flight.future.exception()
         if failure is not None:
-            self._record(flight, self.clock.now(), f"{type(failure).__name__}: {failure}")
+            message = f"{type(failure).__name__}: {failure}"
+            self._record(flight, self.clock.now(), message)
             return
         chunk, ready_s = flight.future.result()
-        self._record(flight, ready_s, None)
+        self._record(flight, ready_s, chunk)
         if self._origin is None or chunk.age == 0:
             self._origin = flight
         origin = self._origin  # an earlier call, if the policy has kept its prefix
@@ -175,10 +179,17 @@ class ControlLoop:
         )
         self._plan = self.scheduler.merge(self._rebased(self._plan, origin.observation), arrived)
 
-    def _record(self, flight: _Flight, ended_s: float, error: str | None) -> None:
+    def _record(self, flight: _Flight, ended_s: float, outcome: ActionChunk | str) -> None:
         consumed = self._plan.step - flight.plan.step
         latency_ms = (ended_s - flight.began_s) * 1000
-        call = Call(flight.tick, latency_ms, not self._warm, flight.delay, consumed, error)
+        call = Call(flight.tick, latency_ms, not self._warm, flight.delay, consumed)
+        if isinstance(outcome, str):
+            call = replace(call, error=outcome)
+        else:
+            call = replace(call, times=outcome.times, kept=kept_names(outcome.kept))
+        if self.watcher is not None:
+            self.watcher.inferred(flight.began_s, ended_s, flight.observation, outcome)
+        error = call.error
         if error is not None and not (self.report.calls and self.report.calls[-1].error):
             logger.warning("a call failed, and the plan is executed to its end: %s", error)
         self.report.calls.append(call)
@@ -187,17 +198,22 @@ class ControlLoop:
             self._delay.add(consumed)
 
     def _act(self, tick: int) -> bool:
+        held: Cause | None = None
+        action: Action | None = None
         if len(self._plan):
             action = self._last_action = self._plan.actions[0]
             self.report.ages_ms.append((self.clock.now() - self._plan.observed_s) * 1000)
             self._plan = self._plan.since(self._plan.step + 1)
         elif self._last_action is not None:
             action = self.hold(self._last_action)
-            self.report.hold(tick, "failed" if self._flight is None else "late")
+            held = "failed" if self._flight is None else "late"
+            self.report.hold(tick, held)
         else:
             self.report.waiting_ticks += 1
-            return False
-        return bool(self.robot.act(action))
+        ends = action is not None and bool(self.robot.act(action))
+        if self.watcher is not None:
+            self.watcher.ticked(self.clock.now(), len(self._plan), action, held)
+        return ends
 
     def _rebased(self, plan: Plan, observation: Observation) -> Plan:
         if plan.observation is None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
+from halfpi.types import ActionChunk, Keep, Observation, StageTimes
 
 Cause = Literal["late", "failed"]
 LATE_MS = 2.0
@@ -20,7 +23,8 @@ class Call:
     tick: at which it began. latency_ms: until its result was there, up to a tick more if it failed.
     warm_up: the first of its loop, which compiles and allocates. expected: how many actions were
     thought to be executed meanwhile, None if unknown. consumed: how many were. error: of a failed
-    call.
+    call. times: of the stages, None if it failed. kept: what it took over from earlier calls:
+    "camera NAME" or "prefix".
     """
 
     tick: int
@@ -29,6 +33,8 @@ class Call:
     expected: int | None
     consumed: int
     error: str | None = None
+    times: StageTimes | None = None
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,29 @@ class Stall:
     tick: int
     ticks: int
     cause: Cause
+
+
+class Watcher(Protocol):
+    """Is shown what a loop does while it does it, on the loop's thread: it must return at once."""
+
+    def inferred(
+        self, began_s: float, ended_s: float, observation: Observation, outcome: ActionChunk | str
+    ) -> None:
+        """A call on `observation` gave a chunk, or failed with an error."""
+
+    def ticked(
+        self, now_s: float, queued: int, action: NDArray[np.float32] | None, held: Cause | None
+    ) -> None:
+        """`action` was sent, None if there was none yet; `held` says why if it is the last again.
+
+        queued: actions that are decided and not yet sent.
+        """
+
+
+def kept_names(keep: Keep) -> tuple[str, ...]:
+    """What a call took over, by the names of `ReusingPolicy.reports`."""
+    cameras = (f"camera {name}" for name in sorted(keep.cameras))
+    return ("prefix", *cameras) if keep.prefix else tuple(cameras)
 
 
 @dataclass

@@ -119,7 +119,7 @@ class ReusingPolicy:
         self._policy = copy.copy(policy)
         if config.prompt_tokens:
             report = self.reports["prompt"] = ReuseReport()
-            self._policy.processor = _remembering(policy.processor, report)
+            self._policy.processor = remembering(policy.processor, report)
         watched = () if config.camera_change is None else cameras
         self._cameras = _Cameras(config, set(watched).difference(config.always_encode))
         self.reports.update({f"camera {name}": r for name, r in self._cameras.reports.items()})
@@ -287,6 +287,7 @@ class _RememberingTokenizer:
         return ids
 
 
-def _remembering(processor: Processor, report: ReuseReport) -> Processor:
+def remembering(processor: Processor, report: ReuseReport) -> Processor:
+    """`processor`, remembering the tokens of recent prompts; `report` counts."""
     tokenizer = _RememberingTokenizer(processor.tokenizer, report)
     return Processor(processor.config, processor.action_dim, tokenizer)

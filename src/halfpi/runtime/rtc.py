@@ -52,14 +52,12 @@ class GuidedRtc(Asynchronous):
 
     def request(self, plan: Plan, delay: int | None) -> Request:
         """Guidance towards what is left of the plan, all of it decided if the delay is unknown."""
-        overlap = min(self.execution_horizon, len(plan))
-        if not overlap:
+        rest = torch.from_numpy(plan.normalized[: self.execution_horizon])
+        if not len(rest):
             return Request()
-        target = torch.zeros(self.horizon, plan.normalized.shape[1])
-        target[:overlap] = torch.from_numpy(plan.normalized[:overlap])
-        decided = overlap if delay is None else min(delay, overlap)
-        weights = prefix_weights(self.schedule, decided, overlap, self.horizon)
-        return Request(guidance=Guidance(target, weights, self.max_gain))
+        shape = (self.horizon, rest.shape[1])
+        delay = len(rest) if delay is None else delay
+        return Request(guidance=guidance(rest, delay, shape, self.schedule, self.max_gain))
 
 
 class TrainedRtc(Asynchronous):
@@ -82,6 +80,20 @@ class TrainedRtc(Asynchronous):
         """The actions that the call's delay will use up, or the most allowed if it is unknown."""
         count = self.max_delay if delay is None else min(delay, self.max_delay)
         return Request(given=plan.first(count).normalized if len(plan) else None)
+
+
+def guidance(
+    rest: Tensor, delay: int, shape: tuple[int, int], schedule: Schedule, max_gain: float
+) -> Guidance:
+    """Guidance of a chunk of `shape` (h, a) towards the `rest` of a plan, fp32 (r ≤ h, ≤ a).
+
+    The first `delay` actions are decided, and the pull fades over the others by `schedule`.
+    Dimensions that `rest` does not have are pulled to 0, as in LeRobot.
+    """
+    target = torch.zeros(shape)
+    target[: rest.shape[0], : rest.shape[1]] = rest
+    weights = prefix_weights(schedule, min(delay, len(rest)), len(rest), shape[0])
+    return Guidance(target, weights, max_gain)
 
 
 def prefix_weights(schedule: Schedule, delay: int, overlap: int, horizon: int) -> Tensor:

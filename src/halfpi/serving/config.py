@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MIB = 2**20
+_MAY_BE_ZERO = ("port", "batch_wait_ms")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class ServeConfig:
     """Size of one observation, as it is sent."""
     max_queued_bytes: int = 512 * _MIB
     """Size of all observations that wait for the policy."""
+    max_batch: int = 8
+    """Requests of different robots that may be computed in one pass; 1 takes each alone."""
+    batch_wait_ms: float = 2.0
+    """How long a pass may wait for robots that asked before and have not asked again."""
     max_steps: int = 100
     """Euler steps that a request may ask for."""
     write_timeout_s: float = 10.0
@@ -45,8 +50,12 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and field.name != "port" and not value > 0:
+            if isinstance(value, int | float) and field.name not in _MAY_BE_ZERO and not value > 0:
                 raise ValueError(f"ServeConfig.{field.name} must be positive, got {value}")
+        if not self.batch_wait_ms >= 0:
+            raise ValueError(
+                f"ServeConfig.batch_wait_ms must be at least 0, got {self.batch_wait_ms}"
+            )
         if self.max_frame_bytes > self.max_queued_bytes:
             raise ValueError(
                 f"ServeConfig.max_queued_bytes must be at least max_frame_bytes, "

@@ -17,7 +17,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from halfpi.serving.adapter import Answer
+from halfpi.integrations.openpi import Answer
 from halfpi.serving.dispatcher import Dispatcher
 from halfpi.serving.logs import fields
 from halfpi.serving.requests import Outcome, Request, RequestError

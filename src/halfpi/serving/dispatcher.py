@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from halfpi.serving.adapter import Answer, OpenpiPolicy
+from halfpi.integrations.openpi import Answer, OpenpiPolicy
 from halfpi.serving.logs import fields
 from halfpi.serving.metrics import Metrics
 from halfpi.serving.requests import FairQueue, Outcome, Request, RequestError
@@ -26,6 +26,9 @@ class Dispatcher:
 
     factory: builds a policy, ready to be called; called again for every replacement.
     deadline_s: every request is answered within it, with an error if need be.
+    max_batch: requests that go into a call together. batch_wait_s: how long a call waits for
+    clients that have asked before; it never waits for more than there are.
+    watch: is shown every answer with the client's number, on the event loop.
     """
 
     def __init__(
@@ -35,11 +38,18 @@ class Dispatcher:
         *,
         deadline_s: float,
         max_queued_bytes: int,
+        max_batch: int,
+        batch_wait_s: float,
+        watch: Callable[[int, Answer], None] | None = None,
     ) -> None:
         self._factory = factory
         self._metrics = metrics
         self._deadline_s = deadline_s
         self._queue = FairQueue(max_queued_bytes)
+        self._max_batch = max_batch
+        self._batch_wait_s = batch_wait_s
+        self._watch = watch
+        self._clients: set[int] = set()
         metrics.queue_depth.set_function(lambda: len(self._queue))
         metrics.queued_bytes.set_function(lambda: self._queue.size_bytes)
         metrics.hanging.set_function(lambda: self.hangs)
@@ -67,6 +77,7 @@ class Dispatcher:
 
     def submit(self, request: Request) -> None:
         """Queue `request`; its answer is set within the deadline, whatever happens."""
+        self._clients.add(request.client)
         timer = asyncio.get_running_loop().call_later(self._deadline_s, self._expire, request)
         request.answer.add_done_callback(lambda _: timer.cancel())
         try:
@@ -87,6 +98,7 @@ class Dispatcher:
 
     def forget(self, client: int) -> None:
         """Drop what waits for a client that left."""
+        self._clients.discard(client)
         request = self._queue.waiting(client)
         if request is not None:
             self._queue.remove(request)
@@ -95,9 +107,11 @@ class Dispatcher:
     async def run(self) -> None:
         """Serve the queue; returns only when cancelled."""
         while True:
-            request = await self._queue.get()
-            self._metrics.started(request, time.perf_counter())
-            await self._serve(request)
+            most = min(self._max_batch, len(self._clients)) if self._policy.can_batch else 1
+            requests = await self._queue.get(max(1, most), self._batch_wait_s)
+            for request in requests:
+                self._metrics.started(request, time.perf_counter())
+            await self._serve(requests)
 
     async def reload(self) -> None:
         """Build a policy beside the one that serves, and put it in its place between two calls.
@@ -109,31 +123,37 @@ class Dispatcher:
             self._reload = asyncio.create_task(self._replace())
         await asyncio.shield(self._reload)
 
-    async def _serve(self, request: Request) -> None:
-        worker, policy, observation = self._worker, self._policy, request.observation
+    async def _serve(self, requests: Sequence[Request]) -> None:
+        worker, policy = self._worker, self._policy
+        observations = [request.observation for request in requests]
         self._calling_since_s = time.perf_counter()
-        call = worker.submit(lambda: policy.answer(observation))
+        call = worker.submit(lambda: policy.answer_many(observations))
         if await self._returned(worker, call):
-            self._conclude(request, observation, call)
+            self._metrics.batched(len(requests))
+            for request, observation, outcome in zip(
+                requests, observations, call.result(), strict=True
+            ):
+                self._conclude(request, observation, outcome)
+            self._metrics.looked_up(*policy.lookups())
         self._calling_since_s = None
 
     def _conclude(
-        self, request: Request, observation: Mapping[str, Any], call: asyncio.Future[Answer]
+        self, request: Request, observation: Mapping[str, Any], outcome: Answer | Exception
     ) -> None:
-        error = call.exception()
-        if error is None:
-            answer = call.result()
-            self._proof = observation, answer.reply["actions"].shape
-            self._metrics.called(answer)
-            self.finish(request, answer)
-        elif isinstance(error, ValueError):
-            self.finish(request, RequestError(Outcome.REFUSED, f"refused: {error}"))
+        if isinstance(outcome, Answer):
+            self._proof = observation, outcome.reply["actions"].shape
+            self._metrics.called(outcome)
+            if self._watch is not None:
+                self._watch(request.client, outcome)
+            self.finish(request, outcome)
+        elif isinstance(outcome, ValueError):
+            self.finish(request, RequestError(Outcome.REFUSED, f"refused: {outcome}"))
         else:
-            logger.error("policy failed", exc_info=error, extra=fields(connection=request.client))
-            message = f"the policy failed: {type(error).__name__}: {error}"
+            logger.error("policy failed", exc_info=outcome, extra=fields(connection=request.client))
+            message = f"the policy failed: {type(outcome).__name__}: {outcome}"
             self.finish(request, RequestError(Outcome.FAILED, message))
 
-    async def _returned(self, worker: Worker, call: asyncio.Future[Answer]) -> bool:
+    async def _returned(self, worker: Worker, call: asyncio.Future[Any]) -> bool:
         """Wait for `call`, but past the deadline no longer than another policy needs to take over.
 
         Its own client has been told by then; this is for the sake of the others.

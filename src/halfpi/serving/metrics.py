@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from halfpi.serving.adapter import Answer
+from halfpi.integrations.openpi import Answer
 from halfpi.serving.requests import Outcome, Request
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _STAGES = ("processing", "vision", "prefill", "denoise")
 # A client may close with any code up to 4999: only these are counted apart.
 _CLOSE_CODES = (1000, 1001, 1002, 1006, 1007, 1009, 1011)
@@ -38,7 +39,7 @@ class Metrics:
         )
         self._stage = Histogram(
             "halfpi_stage_seconds",
-            "Time in a stage of a call",
+            "Time of a request in a stage, of the pass it shared",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
@@ -63,6 +64,16 @@ class Metrics:
         self._reloads = _counter(
             "reloads", "Replacements of the policy", "outcome", ("done", "failed"), registry
         )
+        self._batch = Histogram(
+            "halfpi_batch_size", "Requests in a pass", buckets=_BATCHES, registry=registry
+        )
+        self._lookups = _counter(
+            "prompt_lookups",
+            "Prompts whose tokens were remembered (hit) or computed (miss)",
+            "outcome",
+            ("hit", "miss"),
+            registry,
+        )
         for stage in _STAGES:
             self._stage.labels(stage)
 
@@ -80,9 +91,18 @@ class Metrics:
         self._request.observe(now_s - request.arrived_s)
 
     def called(self, answer: Answer) -> None:
-        """A call of the policy returned."""
+        """The policy gave `answer`; its stages are those of the pass that it was computed in."""
         for stage in _STAGES:
-            self._stage.labels(stage).observe(getattr(answer.times, f"{stage}_ms") / 1000)
+            self._stage.labels(stage).observe(getattr(answer.chunk.times, f"{stage}_ms") / 1000)
+
+    def batched(self, requests: int) -> None:
+        """So many `requests` were computed together."""
+        self._batch.observe(requests)
+
+    def looked_up(self, hits: int, misses: int) -> None:
+        """Prompts were found among those remembered, or not."""
+        self._lookups.labels("hit").inc(hits)
+        self._lookups.labels("miss").inc(misses)
 
     def refused(self, status: int) -> None:
         """A client was refused: 401 for its key, 503 because the server is full."""

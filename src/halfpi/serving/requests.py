@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
-from halfpi.serving.adapter import Answer
+from halfpi.integrations.openpi import Answer
 
 _MAX_MESSAGE_CHARACTERS = 2_000
 
@@ -68,6 +70,8 @@ class FairQueue:
         self._waiting: dict[int, Request] = {}  # in order of turns
         self._max_bytes = max_bytes
         self._nonempty = asyncio.Event()
+        self._enough = asyncio.Event()
+        self._wanted = 0
         self.size_bytes = 0
 
     def __len__(self) -> int:
@@ -88,6 +92,8 @@ class FairQueue:
         self._waiting[request.client] = request
         self.size_bytes = size_bytes
         self._nonempty.set()
+        if len(self._waiting) >= self._wanted:
+            self._enough.set()
         return older
 
     def remove(self, request: Request) -> None:
@@ -102,9 +108,24 @@ class FairQueue:
         """The request of `client` that waits."""
         return self._waiting.get(client)
 
-    async def get(self) -> Request:
-        """The request whose turn it is, taken out."""
-        await self._nonempty.wait()
-        request = next(iter(self._waiting.values()))
-        self.remove(request)
-        return request
+    async def get(self, most: int = 1, patience_s: float = 0.0) -> list[Request]:
+        """The requests whose turn it is, one to `most`, taken out; waits for the first of them.
+
+        patience_s: how long to wait for the others.
+        """
+        while True:
+            await self._nonempty.wait()
+            if len(self._waiting) < most and patience_s > 0:
+                await self._wait_for(most, patience_s)
+            requests = list(islice(self._waiting.values(), most))
+            for request in requests:
+                self.remove(request)
+            if requests:  # those that waited may have left meanwhile
+                return requests
+
+    async def _wait_for(self, count: int, patience_s: float) -> None:
+        self._wanted = count
+        self._enough.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._enough.wait()

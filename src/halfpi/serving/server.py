@@ -26,9 +26,9 @@ from websockets.asyncio.server import serve as serve_websockets
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
+from halfpi.integrations.openpi import Answer, OpenpiPolicy
 from halfpi.policy import Policy
 from halfpi.serving.access import ApiKeys, tls_context
-from halfpi.serving.adapter import OpenpiPolicy
 from halfpi.serving.config import ServeConfig
 from halfpi.serving.connection import Connection
 from halfpi.serving.dispatcher import Dispatcher, ReloadError
@@ -38,21 +38,23 @@ from halfpi.serving.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 PolicyFactory = Callable[[], Policy]
+Watch = Callable[[int, Answer], None]
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def run_server(factory: PolicyFactory, config: ServeConfig) -> None:
+def run_server(factory: PolicyFactory, config: ServeConfig, watch: Watch | None = None) -> None:
     """Serve until SIGTERM or SIGINT, with logs on standard error; returns after the drain.
 
-    factory: builds a policy ready to be called; called again at SIGHUP. Raises what it raises the
-    first time, ValueError on files of `config` that are wrong, OSError if the port is taken.
+    factory: builds a policy ready to be called; called again at SIGHUP. watch: as in `Server`.
+    Raises what the factory raises the first time, ValueError on files of `config` that are wrong,
+    OSError if the port is taken.
     """
     log_to_stderr()
-    asyncio.run(serve(factory, config))
+    asyncio.run(serve(factory, config, watch))
 
 
-async def serve(factory: PolicyFactory, config: ServeConfig) -> None:
+async def serve(factory: PolicyFactory, config: ServeConfig, watch: Watch | None = None) -> None:
     """`run_server` on a running event loop, logging left alone."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
@@ -61,7 +63,7 @@ async def serve(factory: PolicyFactory, config: ServeConfig) -> None:
             loop.remove_signal_handler(number)
         stop.set()
 
-    async with Server(factory, config) as server:
+    async with Server(factory, config, watch) as server:
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, drain)
         loop.add_signal_handler(signal.SIGHUP, server.reload_soon)
@@ -69,9 +71,14 @@ async def serve(factory: PolicyFactory, config: ServeConfig) -> None:
 
 
 class Server:
-    """A policy behind a port; an asynchronous context manager that drains when it is left."""
+    """A policy behind a port; an asynchronous context manager that drains when it is left.
 
-    def __init__(self, factory: PolicyFactory, config: ServeConfig) -> None:
+    watch: is shown every answer with the number of its connection; it must not take long.
+    """
+
+    def __init__(
+        self, factory: PolicyFactory, config: ServeConfig, watch: Watch | None = None
+    ) -> None:
         self._config = config
         self._keys = ApiKeys(config.api_key_file)
         self._tls = (
@@ -86,6 +93,9 @@ class Server:
             self.metrics,
             deadline_s=config.deadline_s,
             max_queued_bytes=config.max_queued_bytes,
+            max_batch=config.max_batch,
+            batch_wait_s=config.batch_wait_ms / 1000,
+            watch=watch,
         )
         self._admitted: WeakSet[ServerConnection] = WeakSet()
         self._connections: set[Connection] = set()

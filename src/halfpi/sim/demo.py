@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from halfpi.policy import NANO, Policy
+from halfpi.runtime.rerun_log import RerunLog
 from halfpi.sim.environment import MetaWorldEnvironment
 from halfpi.sim.evaluate import Episode, EvalConfig, play_episode
 from halfpi.sim.record import HELD_OUT_SEED, Frames, record_moment
 from halfpi.sim.rendering import CAMERAS
 from halfpi.sim.tasks import Task, select
-from halfpi.types import Observation, StageTimes
+from halfpi.types import ActionChunk, Observation, StageTimes
 
 RECORDED_FRAMES = NANO / "frames.npz"
 MOMENT = 12  # control steps into an episode
@@ -26,9 +28,16 @@ TILE = 112
 
 
 def play(
-    policy: Policy, tasks: list[Task], episodes: int, config: EvalConfig, directory: Path
+    policy: Policy,
+    tasks: list[Task],
+    episodes: int,
+    config: EvalConfig,
+    directory: Path,
+    log: RerunLog | None = None,
 ) -> Iterator[tuple[Episode, Path]]:
     """Play held-out episodes one after the other; yields each with its contact sheet.
+
+    log: a recording to which every call is added.
 
     Raises RenderingUnavailableError before the first episode where no OpenGL can be had.
     """
@@ -38,10 +47,27 @@ def play(
         with closing(MetaWorldEnvironment(task, size)) as environment:
             for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + episodes):
                 seen: list[Observation] = []
-                episode = play_episode(policy, environment, seed, config, watch=seen.append)
+                watch = _watch(seen, log, f"{task.name}, seed {seed}")
+                episode = play_episode(policy, environment, seed, config, watch=watch)
                 sheet = directory / f"{task.name}-{seed}.png"
                 contact_sheet(seen).save(sheet)
                 yield episode, sheet
+
+
+def _watch(
+    seen: list[Observation], log: RerunLog | None, title: str
+) -> Callable[[Observation, ActionChunk], None]:
+    """Collects what the policy saw, and adds it to the recording if there is one."""
+
+    def watch(observation: Observation, chunk: ActionChunk) -> None:
+        now_s = time.monotonic()
+        if log is not None and not seen:
+            log.note(now_s - chunk.times.total_ms / 1000, title)
+        seen.append(observation)
+        if log is not None:
+            log.inferred(now_s - chunk.times.total_ms / 1000, now_s, observation, chunk)
+
+    return watch
 
 
 def contact_sheet(observations: list[Observation]) -> Image.Image:

@@ -23,7 +23,7 @@ from halfpi.policy import Policy, load_policy
 from halfpi.sim.environment import MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.record import HELD_OUT_SEED
 from halfpi.sim.tasks import Task
-from halfpi.types import Observation, StageTimes
+from halfpi.types import ActionChunk, Observation, StageTimes
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -74,9 +74,9 @@ def play_episode(
     seed: int,
     config: EvalConfig,
     prompt: str | None = None,
-    watch: Callable[[Observation], None] | None = None,
+    watch: Callable[[Observation, ActionChunk], None] | None = None,
 ) -> Episode:
-    """Play the episode of `seed`; `watch` is shown every observation that the policy sees.
+    """Play the episode of `seed`; `watch` is shown every observation with its chunk.
 
     Raises ValueError if `config` executes more actions of a chunk than the policy gives.
     """
@@ -89,9 +89,9 @@ def play_episode(
     times: list[StageTimes] = []
     while step < config.max_steps and not success:
         observation = environment.observe(prompt)
-        if watch is not None:
-            watch(observation)
         chunk = policy.infer(observation)
+        if watch is not None:
+            watch(observation, chunk)
         times.append(chunk.times)
         if step == 0:
             expert = environment.expert_chunk(policy.horizon)

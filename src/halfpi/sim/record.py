@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from halfpi.files import atomic_write
 from halfpi.sim.environment import ACTION_DIM, MAX_STEPS, MetaWorldEnvironment
 from halfpi.sim.rendering import CAMERAS
 from halfpi.sim.tasks import FULFILLED_AT_START, TASKS, Task
@@ -71,10 +72,8 @@ class Frames:
     def save(self, path: Path, *, compressed: bool = False) -> None:
         """Write an .npz of the arrays; the file appears whole or not at all."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             (np.savez_compressed if compressed else np.savez)(file, **arrays)
-        temporary.rename(path)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Frames]) -> Frames:

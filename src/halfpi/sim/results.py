@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from halfpi.files import atomic_write
 from halfpi.sim.evaluate import Episode, EvalConfig
 from halfpi.sim.statistics import PairedDifference, Proportion
 from halfpi.sim.tasks import PRECISE
@@ -157,9 +157,9 @@ def comparison_table(settings: Sequence[Setting]) -> Table:
 def save_summaries(settings: Sequence[Setting], path: Path) -> None:
     """Write the summaries as JSON; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([setting.summary() for setting in settings], indent=1) + "\n")
-    temporary.rename(path)
+    text = json.dumps([setting.summary() for setting in settings], indent=1)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n")
 
 
 def _interval(bounds: tuple[float, float]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from halfpi.files import atomic_write
 from halfpi.sim.statistics import PairedDifference, Proportion
 from halfpi.sim.study import SCHEDULERS, Run, StudySetting, read_runs
 
@@ -61,8 +61,10 @@ def write_report(record: Path, folder: Path) -> None:
         raise ValueError(f"{record} has no runs to report")
     text = markdown(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "study.png", plot(runs))
-    _write(folder / "study.md", text.encode())
+    with atomic_write(folder / "study.png") as temporary:
+        temporary.write_bytes(plot(runs))
+    with atomic_write(folder / "study.md") as temporary:
+        temporary.write_text(text)
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -197,9 +199,3 @@ def _baseline(run: Run, group: Sequence[Run]) -> Run | None:
 
 def _success(run: Run) -> Proportion:
     return Proportion.of(run.solved.values())
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.rename(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halfpi.config import Pi05Config
+from halfpi.files import atomic_write
 from halfpi.model import Pi05
 from halfpi.model.pi05 import time_embedding
 from halfpi.training.data import Batches
@@ -134,11 +134,9 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs; the file appears whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(
-            {"step": self.step, "train_config": self._identity(), **self._state()}, temporary
-        )
-        temporary.rename(path)
+        state = {"step": self.step, "train_config": self._identity(), **self._state()}
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote.

@@ -1,0 +1,197 @@
+"""Measure the launches of kernels on this GPU and write the fastest into the table that ships.
+
+    python benchmarks/tune.py linear geglu --only prefill
+
+Candidates are first compiled, run and held to the error rule, in processes of their own: one that
+does not fit, is wrong or crashes is left out with a note. Then each is timed in a CUDA graph, with
+weights rotated so that they come from memory, as in a model; activations stay in the L2, as there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfpi.kernels import specs, tuned
+from halfpi.kernels.spec import Case, Device, KernelSpec, Launch, Problem, error_ratio
+
+TABLES = Path(tuned.__file__).parent / "tuned"
+# Weights in rotation: more than the L2 of any GPU holds.
+ROTATED_BYTES = 160_000_000
+# Launches in one graph, and replays of it.
+LAUNCHES, REPLAYS = 60, 7
+MAX_ERROR_RATIO = 2.0
+Candidate = tuple[str, int, int]  # kernel, index of the case, index of the launch
+
+
+def main() -> None:
+    options = _options()
+    torch.cuda.init()
+    device = Device.of(torch.device("cuda"))
+    todo = list(candidates(options.kernels, options.only, device))
+    print(f"{len(todo)} candidates on {torch.cuda.get_device_name()}", flush=True)
+    good = [one for one, note in checked(todo, options.processes) if note is None]
+    results = []
+    for case_key, group in itertools.groupby(good, key=lambda one: one[:2]):
+        results.append(fastest(case_key, group, device))
+        write_table(device.capability, results)
+
+
+def candidates(names: list[str], only: str, device: Device) -> Iterator[Candidate]:
+    """All launches of the real cases, of the kernels called `names`, that `only` is a part of."""
+    for name, spec in specs().items():
+        for index, case in enumerate(spec.cases):
+            if case.real and only in str(case) and (not names or name in names):
+                yield from (
+                    (name, index, number) for number in range(len(spec.candidates(case, device)))
+                )
+
+
+def found(candidate: Candidate, device: Device) -> tuple[KernelSpec[Any], Case, Launch]:
+    """The kernel, case and launch that `candidate` numbers."""
+    name, index, number = candidate
+    spec = specs()[name]
+    case = spec.cases[index]
+    return spec, case, spec.candidates(case, device)[number]
+
+
+def check(candidate: Candidate) -> str | None:
+    """What is wrong with a candidate, if anything is; compiles it into Triton's cache."""
+    cuda = torch.device("cuda")
+    spec, case, launch = found(candidate, Device.of(cuda))
+    torch.manual_seed(0)
+    try:
+        problem = spec.problem(case, launch, cuda)
+        problem.run()
+        ratio = error_ratio(problem)
+    except Exception as error:  # noqa: BLE001 - whatever it is, this launch is out
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    return None if ratio <= MAX_ERROR_RATIO else f"errs {ratio:.2f} × plain torch"
+
+
+def checked(todo: list[Candidate], processes: int) -> Iterator[tuple[Candidate, str | None]]:
+    """Each candidate with what is wrong with it; a crash costs those that ran beside it a retry."""
+    device = Device.of(torch.device("cuda"))
+    left = dict.fromkeys(todo, 0)
+    notes: dict[Candidate, str | None] = {}
+    while left:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            futures = {one: pool.submit(check, one) for one in left}
+            for one, future in futures.items():
+                try:
+                    notes[one] = future.result()
+                except BrokenProcessPool:
+                    left[one] += 1
+        for one in [one for one in left if one in notes or left[one] > 2]:
+            notes.setdefault(one, "crashed")
+            del left[one]
+    for one in todo:
+        if notes[one] is not None:
+            _, case, launch = found(one, device)
+            print(f"left out: {one[0]} {case} {_knobs(launch)}: {notes[one]}", flush=True)
+    return ((one, notes[one]) for one in todo)
+
+
+def fastest(case_key: tuple[str, int], group: Iterable[Candidate], device: Device) -> tuned.Entry:
+    """Time the launches of one case; the fastest, which the table keeps."""
+    name, index = case_key
+    case = specs()[name].cases[index]
+    times = {}
+    for candidate in group:
+        spec, case, launch = found(candidate, device)
+        times[launch] = microseconds(spec.problem(case, launch, torch.device("cuda")))
+    ranked = sorted(times, key=lambda launch: times[launch])
+    for launch in ranked[:4] + ranked[4:][-1:]:
+        print(f"{name:12} {case!s:44} {times[launch]:8.2f} µs  {_knobs(launch)}", flush=True)
+    return tuned.Entry(
+        kernel=name,
+        sizes=tuned.kept_sizes(case),
+        dtype=str(case.dtype),
+        out_dtype=str(case.out_dtype),
+        launch=dataclasses.asdict(ranked[0]),
+        microseconds=round(times[ranked[0]], 2),
+        device=torch.cuda.get_device_name(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def microseconds(problem: Problem) -> float:
+    """The time of one launch of `problem` among others, its weights from memory."""
+    weight = problem.inputs.get("weight")
+    rotated = isinstance(weight, Tensor) and weight.ndim == 2
+    copies = [weight] if rotated else []
+    if rotated:
+        count = min(math.ceil(ROTATED_BYTES / weight.nbytes), LAUNCHES)
+        copies += [weight.clone() for _ in range(count - 1)]
+
+    def launches() -> None:
+        for number in range(LAUNCHES):
+            if rotated:
+                weight.data = copies[number % len(copies)]
+            problem.run()
+
+    return graph_milliseconds(launches) * 1e3 / LAUNCHES
+
+
+def graph_milliseconds(run: Callable[[], None]) -> float:
+    """Median time of one replay of `run` as a CUDA graph."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def write_table(capability: int, results: list[tuned.Entry]) -> None:
+    """Put `results` in the place of what the table had for the same cases."""
+    path = TABLES / f"sm_{capability}.json"
+    kept = {_place(entry): entry for entry in (*tuned.entries(capability), *results)}
+    lines = (json.dumps(dataclasses.asdict(kept[place])) for place in sorted(kept))
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    unfinished.replace(path)
+
+
+def _place(entry: tuned.Entry) -> tuple[str, str, str, str]:
+    return entry.kernel, json.dumps(entry.sizes), entry.dtype, entry.out_dtype
+
+
+def _knobs(launch: Launch) -> str:
+    fields = dataclasses.asdict(launch).items()
+    return " ".join(f"{name}={value}" for name, value in fields)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kernels", nargs="*", help="names of kernels, all without any")
+    parser.add_argument("--only", default="", help="a part of the names of cases")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
