@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from halfpi.config import PRESETS, Pi05Config
 from halfpi.model import Pi05, PrefixCache
@@ -263,3 +265,37 @@ def test_bad_input_gets_one_clear_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.sample_actions(**{**inputs, **edit(inputs)})
+
+
+class _TensorsOfTheHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations that read or make a tensor on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, out))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("decided", [0, 3])
+def test_stages_leave_the_host_alone_so_that_graphs_can_hold_them(
+    decided: int, tiny_config: Pi05Config
+) -> None:
+    size = tiny_config.image_size
+    with torch.device("meta"):
+        model = Pi05(tiny_config)
+        images, noise = torch.zeros(1, 2, 3, size, size), torch.zeros(1, 7, tiny_config.action_dim)
+        image_mask, token_mask = (torch.ones(1, length, dtype=torch.bool) for length in (2, 5))
+        tokens = torch.zeros(1, 5, dtype=torch.int64)
+    given = noise[:, :decided] if decided else None
+    with torch.no_grad(), _TensorsOfTheHost() as host:
+        cache = model.prefill(model.vision(images), image_mask, tokens, token_mask)
+        assert model.denoise(cache, noise, 4, given).shape == noise.shape
+    assert host.seen == []

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from halfpi.model import Pi05
 from halfpi.perf.bench import (
-    error_of,
+    clock_of,
     measured_record,
     model_inputs,
+    reference_actions,
+    relative_error,
     stage_calls,
     stage_floors,
 )
@@ -62,14 +64,14 @@ def bench_ablation(
     on_gpu = device.type == "cuda"
     with torch.inference_mode():
         variants = {name: _variant(model, case, name) for name in ABLATION if name in names}
-        errors = {name: error_of(one.actions, model, case) for name, one in variants.items()}
+        reference = reference_actions(model, case)
         counts = {
             name: count_kernels(kernel_names(partial(one.run, 0))) for name, one in variants.items()
         }
         calls = {name: one.run for name, one in variants.items()}
-        times = measure(calls, "cuda" if on_gpu else "host", repeats=repeats)
+        times = measure(calls, clock_of(device), repeats=repeats, launched=("eager",))
     records = []
-    for name in variants:
+    for name, one in variants.items():
         own = dataclasses.replace(case, precision=ABLATION[name])
         floors = stage_floors(model.config, own, device)
         records.append(
@@ -80,7 +82,7 @@ def bench_ablation(
                 device,
                 {"total": times[name]},
                 floor_ms=None if floors is None else {"total": floors["total"]},
-                error=errors[name],
+                error=relative_error(one.actions, reference),
                 numbers=counts[name] if on_gpu else {},
             )
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -42,13 +42,14 @@ def bench_stages(subject: Subject, case: Case, *, repeats: int = 200) -> Record:
     actions, _ = engine.run(inputs, noise, case.steps)
     with torch.inference_mode():
         calls = stage_calls(subject, case)
-        ms = measure(calls, "cuda" if device.type == "cuda" else "host", repeats=repeats)
+        clock, launched = clock_of(device), tuple(calls) if isinstance(engine, EagerEngine) else ()
+        ms = measure(calls, clock, repeats=repeats, launched=launched)
     return _record(
         "stages",
         subject,
         case,
         ms,
-        error=error_of(actions, subject.model, case),
+        error=relative_error(actions, reference_actions(subject.model, case)),
         numbers={"cold_start_s": subject.cold_start_s},
     )
 
@@ -138,15 +139,24 @@ def model_inputs(
     return ModelInputs(**moved), noise[None].to(device)
 
 
-def error_of(actions: Tensor, model: Pi05, case: Case) -> float:
-    """‖actions − reference‖ / ‖reference‖ of actions (h, a) for `random_inputs` of `case`.
+def reference_actions(model: Pi05, case: Case) -> Tensor:
+    """Actions (h, a) for `random_inputs` of `case` by `model` in fp32.
 
-    The reference is `model` in fp32, so weights that it holds in bf16 count as exact.
+    Weights that it holds in bf16 count as exact.
     """
     reference = copy.deepcopy(model).to_dtype(torch.float32)
     inputs, noise = model_inputs(model.config, case, model.action_in.weight.device)
-    expected = reference.sample_actions(**vars(inputs), noise=noise, num_steps=case.steps)[0].cpu()
-    return float((actions.cpu() - expected).norm() / expected.norm())
+    return reference.sample_actions(**vars(inputs), noise=noise, num_steps=case.steps)[0].cpu()
+
+
+def relative_error(actions: Tensor, reference: Tensor) -> float:
+    """‖actions − reference‖ / ‖reference‖."""
+    return float((actions.cpu() - reference).norm() / reference.norm())
+
+
+def clock_of(device: torch.device) -> Literal["cuda", "host"]:
+    """What times work on `device`."""
+    return "cuda" if device.type == "cuda" else "host"
 
 
 def _record(

@@ -110,9 +110,9 @@ def _stacks(axes: Any, records: Sequence[Record]) -> int:
         lengths = [_parts(record).get(part, 0.0) for record in ordered]
         axes.barh(range(len(ordered)), lengths, left=starts, label=part)
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
-    for place, end in enumerate(starts):
-        axes.annotate(f" {end:.1f}", (end, place), va="center")
-    axes.legend()
+    for place, (record, end) in enumerate(zip(ordered, starts, strict=True)):
+        axes.annotate(f" {record.ms['total'].p50:.1f}", (end, place), va="center")
+    axes.legend(loc="upper right")
     names = [f"{record.engine}, {record.case.get('precision', '?')}" for record in ordered]
     _finish(axes, names, "ms, median")
     return len(names)
@@ -130,8 +130,12 @@ def _waterfall(axes: Any, records: Sequence[Record]) -> int:
         end = now if before is None else max(now, before)
         axes.annotate(f" {now:.1f} ms, {1000 / now:.1f} Hz", (end, place), va="center")
         before = now
-    names = [f"{record.engine}, {record.case['precision']}" for record in records]
-    axes.set_xscale("log")
+    names = [record.engine for record in records]
+    times = [record.ms["total"].p50 for record in records]
+    axes.set_xscale("log")  # steps are factors; from the first to the last it is tens of times
+    axes.set_xlim(min(times) / 2, max(times) * 3)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     _finish(axes, names, "ms, median; pale: saved by this step")
     return len(names)
 
@@ -151,7 +155,8 @@ def _parts(record: Record) -> dict[str, float]:
 def _finish(axes: Any, names: Sequence[str], label: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    if axes.get_xscale() == "linear":
+        axes.margins(x=0.2)
     axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
 

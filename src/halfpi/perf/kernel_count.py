@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 # pattern that a name matches decides. halfpi's own kernels match none.
 _PATTERNS = {
     "casts": r"copy_kernel.*LoadWithCast|(float|half)\w*_copy_kernel|fused__to_copy",
-    "layouts": r"CatArray|[Tt]ranspose|nchwToNhwc|nhwcToNchw|permute|im2col|roll",
+    "layouts": r"CatArray|[Tt]ranspose|nchwToNhwc|nhwcToNchw|permute|im2col|roll_cuda",
     "copies": r"copy_kernel|[Mm]emcpy",
 }
 

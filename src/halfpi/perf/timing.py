@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -36,11 +36,14 @@ def measure(
     repeats: int,
     warm_ups: int = 10,
     runs: int = 1,
+    launched: Collection[str] = (),
 ) -> dict[str, Percentiles]:
     """Percentiles of the milliseconds that each of `calls` takes, over `repeats` runs.
 
     clock: "cuda" times the current stream, "host" the wall; under "host" a call must have finished
     when it returns. runs: how often a call does its work; times are of one, as the mean of a call.
+    launched: names of calls whose work the host launches piece by piece. The device is idle when
+    they begin, for during a call before, the host would get ahead of it and hide its own time.
     Raises ValueError unless there is something to run at least once.
     """
     if not calls or repeats < 1:
@@ -49,6 +52,8 @@ def measure(
     spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
     for index in range(warm_ups + repeats):
         for name, call in calls.items():
+            if name in launched and clock == "cuda":
+                torch.cuda.synchronize()
             began = stamp()
             call(index)
             spans[name].append((began, stamp()))
