@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfpi.kernels.cuda_source import compiled, cuda_core
+from halfpi.kernels.cuda_source import cubin
 from halfpi.kernels.expert_stream import (
     BLOCKS,
     HEAD_DIM,
@@ -320,11 +320,12 @@ def _check_weights(
 
 def _load(defines: dict[str, int], device: torch.device) -> object:
     """The kernel on `device`, allowed to have all of an SM's shared memory."""
-    core = cuda_core()
+    code = cubin("expert_steps", defines)
+    from cuda import core
     from cuda.bindings import driver
 
     core.Device(torch.device(device).index or 0).set_current()
-    kernel = core.ObjectCode.from_cubin(compiled("expert_steps", defines)).get_kernel("expert_steps")
+    kernel = core.ObjectCode.from_cubin(code).get_kernel("expert_steps")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(
         attribute, _SHARED_BYTES, kernel.handle, driver.CUdevice(torch.device(device).index or 0)
@@ -336,7 +337,8 @@ def _load(defines: dict[str, int], device: torch.device) -> object:
 
 def _launch(kernel: object, device: torch.device, *arguments: Tensor | int) -> None:
     """Launch on torch's current stream; cooperative, because its blocks wait for each other."""
-    core = cuda_core()
+    from cuda import core
+
     config = core.LaunchConfig(
         grid=BLOCKS, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
     )
