@@ -36,7 +36,7 @@ NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
 _THREADS = 384
 _SHARED_BYTES = 232_448
-_AHEAD_UNITS = 12
+_COUNTERS = 38
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,6 @@ class ExpertSizes:
             "FP8": int(self.precision == FP8),
             "SET_BYTES": self.set_bytes,
             "SHARED_BYTES": _SHARED_BYTES,
-            "AHEAD_UNITS": _AHEAD_UNITS,
         }
 
 
@@ -240,7 +239,7 @@ class ExpertSteps:
             ),
         ]
         self._sets = torch.empty(2 * sizes.set_bytes, dtype=torch.uint8, device=device)
-        self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
         self._kernel = _load(sizes.defines(), device)
 
     def __call__(
@@ -289,7 +288,7 @@ class ExpertSteps:
         ):  # fmt: skip
             check(name, tensor, shape, dtype)
         _launch(
-            self._kernel, self._device, self._stream, self._sets, self._counter, actions, keys,
+            self._kernel, self._device, self._stream, self._sets, self._counters, actions, keys,
             values, capacity, prefix_count, decided, cos, sin, modulations, target, weights, gains,
             *self._constants,
         )  # fmt: skip

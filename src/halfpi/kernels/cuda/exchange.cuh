@@ -1,9 +1,9 @@
-// How blocks hand activations to each other: a word is its own flag.
+// How blocks hand activations to each other: through L2, with a counter for every kind of buffer.
 //
-// Every exchanged buffer is all ones before it is written. No number that the kernel writes looks
-// like that (a NaN of the conversions is 0x7F…), so a reader polls the data itself, and neither
-// fences nor flags lie between a store and the load that sees it. There are two sets of buffers,
-// for even and odd layers; `Janitor` makes a set all ones again while the other is in use.
+// A writer's threads meet and one of them adds 1 with release; a reader waits until all writers of
+// the layer did, then the copy engine or ordinary loads fetch the data. There are two sets of
+// buffers, for even and odd layers: once a block writes a set again, everybody has read it, because
+// whole exchanges of the layer in between depend on that.
 #pragma once
 #include "hopper.cuh"
 
@@ -18,7 +18,7 @@ constexpr int CHUNK = 16 / BYTES;      // operands in 16 bytes
 constexpr int KEY_SPLITS = BLOCKS / HEADS;
 constexpr int K_SPLITS = 8;            // of the out and down projections
 
-// Operands of products are stored as (chunk of K, row, 16 bytes), like in shared memory.
+// Operands of products are stored as (chunk of K, row, 16 bytes), as wgmma reads shared memory.
 constexpr long X = 0, X2 = X + ROWS * WIDTH * BYTES;
 constexpr long QKV = X2 + ROWS * WIDTH * BYTES;                          // bf16, head by head
 constexpr long AVERAGES = QKV + ROWS * (HEADS + 2) * HEAD * 2;           // bf16 (head, row, split, k)
@@ -46,56 +46,34 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
   while (!mbarrier_passed(barrier, parity)) watchdog.check();
 }
 
-__device__ __forceinline__ bool written(uint4 v) {
-  return v.x != ~0u && v.y != ~0u && v.z != ~0u && v.w != ~0u;
-}
-__device__ __forceinline__ bool written(uint2 v) { return v.x != ~0u && v.y != ~0u; }
+// Counters, 128 bytes apart, and how many blocks arrive at each in a layer.
+enum Counter { ROWS_1, ROWS_2, SUMS_1, SUMS_2, KEYS_VALUES, QUERY, AVERAGE = QUERY + HEADS,
+               MERGE = AVERAGE + HEADS, GATED = MERGE + HEADS, COUNTERS = GATED + K_SPLITS };
 
-// Loads items first, first + stride, … below count; absent ones become zeros.
-template <int LOADS, typename T>
-__device__ __forceinline__ void load(T (&v)[LOADS], const T* from, int first, int stride,
-                                     int count) {
-#pragma unroll
-  for (int i = 0; i < LOADS; ++i) {
-    int item = first + i * stride;
-    v[i] = item < count ? load_relaxed(from + item) : T();
-  }
+__device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
+
+// By one thread, after a barrier of all that wrote.
+__device__ __forceinline__ void arrive(u32* counters, int counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
 }
 
-template <int LOADS, typename T>
-__device__ __forceinline__ bool all_written(const T (&v)[LOADS]) {
-  bool all = true;
-#pragma unroll
-  for (int i = 0; i < LOADS; ++i) all = all && written(v[i]);
-  return __all_sync(~0u, all);
-}
-
-// Loads again until everything is there. Waiting polls one item only, to leave L2 to others.
-template <int LOADS, typename T>
-__device__ __forceinline__ void settle(T (&v)[LOADS], const T* from, int first, int stride,
-                                       int count) {
+__device__ __forceinline__ void await(u32* counters, int counter, u32 arrivals) {
   Watchdog watchdog;
-  while (!all_written(v)) {
-    while (!__all_sync(~0u, first >= count || written(load_relaxed(from + first)))) watchdog.check();
-    load(v, from, first, stride, count);
+  u32 now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(now)
+                 : "l"(place(counters, counter))
+                 : "memory");
     watchdog.check();
-  }
+  } while (now < arrivals);
 }
 
-// Items of an operand to shared memory, where 64 rows of a chunk are 1024 bytes.
-template <int LOADS>
-__device__ __forceinline__ void stage(const uint4 (&v)[LOADS], u32 to, int first, int stride,
-                                      int count) {
+// Loads items first, first + stride, … : LOADS of them.
+template <int LOADS, typename T>
+__device__ __forceinline__ void load(T (&v)[LOADS], const T* from, int first, int stride) {
 #pragma unroll
-  for (int i = 0; i < LOADS; ++i) {
-    int item = first + i * stride;
-    if (item < count) store_shared(to + item / ROWS * 1024 + item % ROWS * 16, v[i]);
-  }
-}
-
-__device__ __forceinline__ void clear(char* set, int first, int stride) {
-  const uint4 ones = make_uint4(~0u, ~0u, ~0u, ~0u);
-  for (long i = first; i < SET / 16; i += stride) reinterpret_cast<uint4*>(set)[i] = ones;
+  for (int i = 0; i < LOADS; ++i) v[i] = load_relaxed(from + first + i * stride);
 }
 
 // All blocks of the launch meet; the counter is never reset. Called by one thread of each block.

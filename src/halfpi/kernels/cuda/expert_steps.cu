@@ -1,14 +1,13 @@
 // All denoise steps of the action expert in one launch; see expert_steps.py for the mathematics.
 //
 // 128 blocks, one an SM. Warps 0…7 compute, as two warpgroups that share the K of a product between
-// them; warp 8 streams the block's weights into a ring; warp 9 clears exchanged buffers.
+// them; warp 8 streams the block's weights into a ring.
 #include "exchange.cuh"
 
 using namespace exchange;
 
 namespace {
 
-constexpr int DEPTH_TIMES_STEPS = DEPTH * STEPS;
 constexpr int CONSUMERS = 256, THREADS = 384;
 constexpr int SLOTS = 10, UNIT = 8192;
 constexpr int QKV_ROWS = 32, QKV_BLOCKS = (HEADS + 2) * HEAD / QKV_ROWS;
@@ -22,15 +21,16 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 // Shared memory: operands (keys and values in the second half), ring, scratch, barriers.
 constexpr int OPERANDS = 0, KEYS = 65536, VALUES = 98304, RING = 131072;
 constexpr int SCRATCH = RING + SLOTS * UNIT, BARRIERS = SCRATCH + 16384;
-constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, DEAD = EMPTY + 8 * SLOTS, CLEAN = DEAD + 8;
-constexpr int SUMS = CLEAN + 8, ACTIONS = SUMS + 64;
+constexpr int PIECES = 9;  // of operands: at most 8 of a product, and queries
+constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, STAGED = EMPTY + 8 * SLOTS;
+constexpr int SUMS = (STAGED + 8 * PIECES + 15) / 16 * 16, ACTIONS = SUMS + 64;
 constexpr int SHARED = ACTIONS + 128;
 static_assert(SHARED <= SHARED_BYTES, "the launcher asks for what the kernel uses");
 
 struct Arguments {
   const char* stream;  // (block, layer, unit, 8192 bytes)
   char* sets;
-  u32* counter;
+  u32* counters;
   float* actions;
   const char *keys, *values;
   long long capacity;
@@ -56,7 +56,29 @@ struct Block {
   char* scratch;
   int index, thread, group, warp, lane, row;  // warp of the group; first of the two rows of a thread
   int unit = 0;                               // of the ring, the next one
+  int layer = 0;                              // over all steps
   int prefix;
+  u32 phases = 0;                             // parities of `STAGED`
+  u32* counters;
+
+  // All threads of the block have written what `counter` counts.
+  __device__ __forceinline__ void publish(int counter) const {
+    named_barrier(1, CONSUMERS);
+    if (thread == 0) arrive(counters, counter);
+  }
+  // By one thread: `blocks` have written it in this layer.
+  __device__ __forceinline__ void await(int counter, int blocks) const {
+    exchange::await(counters, counter, (layer + 1) * blocks);
+  }
+  // By thread 0: starts copying a piece of operands.
+  __device__ __forceinline__ void fetch(int piece, u32 to, const char* from, u32 bytes) const {
+    mbarrier_expect(shared + STAGED + 8 * piece, bytes);
+    bulk_copy(shared + to, from, bytes, shared + STAGED + 8 * piece);
+  }
+  __device__ __forceinline__ void wait_for(int piece) {
+    wait(shared + STAGED + 8 * piece, phases >> piece & 1);
+    phases ^= 1u << piece;
+  }
 
   __device__ float4* exchanged(int of) const {
     return reinterpret_cast<float4*>(scratch) + of * 512 + thread % 128;
@@ -71,27 +93,24 @@ __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 // ends with half of the columns: result[4 g + i] is column 8 (group · N / 16 + g) + 2 (lane % 4) +
 // i % 2 of row `row` + 8 (i / 2).
 template <int N, int UNIT_CHUNKS, int UNITS>
-__device__ __forceinline__ void product(float (&result)[N / 4], Block& b, const char* from) {
+__device__ __forceinline__ void product(float (&result)[N / 4], Block& b, const char* from,
+                                        int counter, int writers) {
   constexpr int BATCH = UNITS / 2 < 16 / UNIT_CHUNKS ? UNITS / 2 : 16 / UNIT_CHUNKS;
   constexpr int BATCHES = UNITS / 2 / BATCH;
-  constexpr int CHUNKS = BATCH * UNIT_CHUNKS, ITEMS = CHUNKS * ROWS, LOADS = (ITEMS + 127) / 128;
-  const uint4* items = reinterpret_cast<const uint4*>(from) + b.group * ITEMS;
-  const int thread = b.thread % 128;
+  constexpr int CHUNKS = BATCH * UNIT_CHUNKS, PIECE = CHUNKS * ROWS * 16;
+  all_consumers();  // the operands of the last product are read
+  if (b.thread == 0) {
+    b.await(counter, writers);
+    fence_copies();
+    for (int p = 0; p < 2 * BATCHES; ++p) b.fetch(p, OPERANDS + p * PIECE, from + p * PIECE, PIECE);
+  }
   float acc[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-
-  uint4 v[2][LOADS];
-  load(v[0], items, thread, 128, ITEMS);
-  all_consumers();  // the operands of the last product are read
 #pragma unroll
   for (int t = 0; t < BATCHES; ++t) {
-    settle(v[t % 2], items + 2 * t * ITEMS, thread, 128, ITEMS);
-    if (t + 1 < BATCHES) load(v[(t + 1) % 2], items + 2 * (t + 1) * ITEMS, thread, 128, ITEMS);
-    u32 a = b.shared + OPERANDS + (2 * t + b.group) * CHUNKS * 1024;
-    stage(v[t % 2], a, thread, 128, ITEMS);
-    fence_async_proxy();
-    named_barrier(2 + b.group, 128);
+    const u32 a = b.shared + OPERANDS + (2 * t + b.group) * PIECE;
+    b.wait_for(2 * t + b.group);
     const int first = b.unit + (2 * t + b.group) * BATCH;
     for (int unit = first; unit < first + BATCH; ++unit) {
       wait(b.shared + FULL + 8 * (unit % SLOTS), unit / SLOTS & 1);
@@ -103,7 +122,7 @@ __device__ __forceinline__ void product(float (&result)[N / 4], Block& b, const 
       u32 w = b.shared + RING + (first + u) % SLOTS * UNIT;
 #pragma unroll
       for (int k = 0; k < UNIT_CHUNKS / 2; ++k) {
-        Format::mma(acc, descriptor(a + (u * UNIT_CHUNKS + 2 * k) * 1024, 1024, 128),
+        Format::mma(acc, descriptor(a + (u * UNIT_CHUNKS + 2 * k) * ROWS * 16, ROWS * 16, 128),
                     descriptor(w + 2 * k * N * 16, N * 16, 128));
       }
     }
@@ -183,7 +202,7 @@ struct QkvRope {
   }
   __device__ __forceinline__ void run(Block& b, char* set, float alpha) const {
     float result[8];
-    product<QKV_ROWS, 16, QKV_UNITS>(result, b, set + X);
+    product<QKV_ROWS, 16, QKV_UNITS>(result, b, set + X, ROWS_1, ROWS);
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       int n = column(b, g);
@@ -196,6 +215,8 @@ struct QkvRope {
         if (row < ROWS) store_relaxed(to, pack_bf16(even * c - odd * s, odd * c + even * s));
       }
     }
+    int head = b.index * QKV_ROWS / HEAD;
+    b.publish(head < HEADS ? QUERY + head : KEYS_VALUES);
   }
 };
 
@@ -207,7 +228,7 @@ __device__ __forceinline__ float gated(float gate, float up) {
 // The packing gives each thread four neighbouring columns, gate and up side by side.
 __device__ __forceinline__ void geglu(Block& b, char* set, float alpha, float inverse_scale) {
   float result[16];
-  product<64, 8, WIDE_UNITS>(result, b, set + X2);
+  product<64, 8, WIDE_UNITS>(result, b, set + X2, ROWS_2, ROWS);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float v[4];
@@ -220,6 +241,7 @@ __device__ __forceinline__ void geglu(Block& b, char* set, float alpha, float in
       publish(set + HIDDEN, row, b.index * 32 + b.group * 16 + b.lane % 4 * 4, v, inverse_scale);
     }
   }
+  b.publish(GATED + b.index / (BLOCKS / K_SPLITS));
 }
 
 // ---- attention: block 16 q + s has head q and split s of the keys
@@ -258,15 +280,11 @@ __device__ __forceinline__ void fetch_prefix(const Block& b, const Split& split,
 __device__ __forceinline__ void fetch_actions(const Block& b, const Split& split, const char* set,
                                               int first) {
   int chunk = b.thread % 32, key = split.prefix_keys + b.thread / 32 % 4;
-  bool inside = key < split.keys && key >= first && key < first + 64;
   int head = HEADS + b.thread / 128;
   const uint4* from = reinterpret_cast<const uint4*>(set + QKV) + (head * 32 + chunk) * ROWS +
                       split.action_first + key - split.prefix_keys;
-  uint4 v[1];
-  load(v, from, 0, 1, inside);
-  settle(v, from, 0, 1, inside);
   u32 to = b.shared + (b.thread / 128 ? VALUES : KEYS) + chunk * 1024 + (key - first) * 16;
-  if (inside) store_shared(to, v[0]);
+  if (key < split.keys && key >= first && key < first + 64) store_shared(to, load_relaxed(from));
 }
 
 struct Softmax {  // of this thread's two rows
@@ -312,7 +330,7 @@ __device__ __forceinline__ void attend_block(const Block& b, Softmax& softmax, f
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 16; ++k) {
-    Bf16::mma(logits, descriptor(b.shared + OPERANDS + k * 2048, 1024, 128),
+    Bf16::mma(logits, descriptor(b.shared + OPERANDS + k * 2 * ROWS * 16, ROWS * 16, 128),
               descriptor(b.shared + KEYS + k * 2048, 1024, 128));
   }
   wgmma_commit();
@@ -331,15 +349,16 @@ __device__ __forceinline__ void attend_block(const Block& b, Softmax& softmax, f
   wgmma_wait<0>();
 }
 
-__device__ __forceinline__ void attend(const Block& b, const Split& split, char* set,
+__device__ __forceinline__ void attend(Block& b, const Split& split, char* set,
                                        const char* keys, const char* values) {
-  constexpr int ITEMS = HEAD / 8 * ROWS, LOADS = (ITEMS + CONSUMERS - 1) / CONSUMERS;
-  const uint4* query = reinterpret_cast<const uint4*>(set + QKV) + split.head * ITEMS;
-  uint4 v[LOADS];
-  load(v, query, b.thread, CONSUMERS, ITEMS);
-  settle(v, query, b.thread, CONSUMERS, ITEMS);
-  stage(v, b.shared + OPERANDS, b.thread, CONSUMERS, ITEMS);
-
+  constexpr int QUERIES = HEAD * 2 * ROWS;
+  if (b.thread == 0) {
+    b.await(QUERY + split.head, HEAD / QKV_ROWS);
+    fence_copies();
+    b.fetch(PIECES - 1, OPERANDS, set + QKV + split.head * QUERIES, QUERIES);
+    b.await(KEYS_VALUES, 2 * HEAD / QKV_ROWS);
+  }
+  all_consumers();
   Softmax softmax;
   float acc[64];
 #pragma unroll
@@ -353,9 +372,13 @@ __device__ __forceinline__ void attend(const Block& b, const Split& split, char*
     copy_async_wait();
     fence_async_proxy();
     all_consumers();
+    if (first == 0) b.wait_for(PIECES - 1);
+    __syncwarp();
     attend_block(b, softmax, acc, split.keys - first);
   }
 
+  // Through this group's half of the values, which only it has read, to whole lines of the set.
+  const u32 tile = b.shared + VALUES + b.group * 16384;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float total = softmax.total[i];
@@ -363,33 +386,36 @@ __device__ __forceinline__ void attend(const Block& b, const Split& split, char*
     total += __shfl_xor_sync(~0u, total, 2);
     float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     int row = b.row + 8 * i;
-    if (row >= ROWS) continue;
     int place = (split.head * ROWS + row) * KEY_SPLITS + b.index % KEY_SPLITS;
-    if (b.group == 0 && b.lane % 4 == 0) {
+    if (row < ROWS && b.group == 0 && b.lane % 4 == 0) {
       store_relaxed(set + LOG_SUMS + place * 4, __float_as_uint(softmax.highest[i] + log2f(total)));
     }
-    char* to = set + AVERAGES + long(place) * (HEAD * 2) + b.group * 256 + b.lane % 4 * 4;
 #pragma unroll
     for (int g = 0; g < 16; ++g) {
-      store_relaxed(to + g * 16, pack_bf16(acc[4 * g + 2 * i] * inverse,
-                                           acc[4 * g + 2 * i + 1] * inverse));
+      store_shared(tile + row * 256 + (g ^ row % 8) * 16 + b.lane % 4 * 4,
+                   pack_bf16(acc[4 * g + 2 * i] * inverse, acc[4 * g + 2 * i + 1] * inverse));
     }
   }
+  named_barrier(2 + b.group, 128);
+  for (int item = b.thread % 128; item < ROWS * 16; item += 128) {
+    int row = item / 16, chunk = item % 16;
+    long place = (split.head * ROWS + row) * KEY_SPLITS + b.index % KEY_SPLITS;
+    *reinterpret_cast<uint4*>(set + AVERAGES + place * (HEAD * 2) + b.group * 256 + chunk * 16) =
+        load_shared(tile + row * 256 + (chunk ^ row % 8) * 16);
+  }
+  b.publish(AVERAGE + split.head);
 }
 
-// The splits' averages of every 16th row of a head, weighted by their sums; 64 threads a row.
-__device__ __forceinline__ void merge(const Block& b, char* set, float inverse_scale) {
-  int head = b.index / KEY_SPLITS, row = b.index % KEY_SPLITS + b.thread / 64 * KEY_SPLITS;
-  if (row >= ROWS) return;
+// The splits' averages of one row of a head, weighted by their sums; four columns a thread.
+__device__ __forceinline__ void merge_row(const Block& b, char* set, float inverse_scale, int head,
+                                          int row) {
   int place = (head * ROWS + row) * KEY_SPLITS, column = b.thread % 64;
   const uint4* log_sums = reinterpret_cast<const uint4*>(set + LOG_SUMS) + place / 4;
   const uint2* averages = reinterpret_cast<const uint2*>(set + AVERAGES) + long(place) * 64;
   uint4 l[4];
   uint2 v[KEY_SPLITS];
-  load(l, log_sums, 0, 1, 4);
-  load(v, averages, column, 64, KEY_SPLITS * 64);
-  settle(l, log_sums, 0, 1, 4);
-  settle(v, averages, column, 64, KEY_SPLITS * 64);
+  load(l, log_sums, 0, 1);
+  load(v, averages, column, 64);
 
   float weight[KEY_SPLITS], highest = -infinity(), total = 0.0f;
 #pragma unroll
@@ -414,10 +440,26 @@ __device__ __forceinline__ void merge(const Block& b, char* set, float inverse_s
   publish(set + MERGED, row, head * HEAD + 4 * column, sum, inverse_scale);
 }
 
+// Every 16th row of a head, 64 threads a row.
+__device__ __forceinline__ void merge(const Block& b, char* set, float inverse_scale) {
+  int head = b.index / KEY_SPLITS, row = b.index % KEY_SPLITS + b.thread / 64 * KEY_SPLITS;
+  if (b.thread == 0) b.await(AVERAGE + head, KEY_SPLITS);
+  all_consumers();
+  if (row < ROWS) merge_row(b, set, inverse_scale, head, row);
+  b.publish(MERGE + head);
+}
+
 // ---- what one block does for its row of the actions; the residual never leaves its registers
 
 struct Row {
   float x[4];  // columns 4 · thread …
+  float4 gate, scale, shift;
+
+  // Of the update that comes and of the norm after it, before waiting for the update.
+  __device__ void load(const Block& b, const float* gated, const float* modulation) {
+    gate = at(gated + 2 * WIDTH, b);
+    scale = at(modulation, b), shift = at(modulation + WIDTH, b);
+  }
 
   __device__ static float4 at(const float* table, const Block& b) {
     return reinterpret_cast<const float4*>(table)[b.thread];
@@ -435,13 +477,12 @@ struct Row {
   }
 
   // x += gate · Σ partials, in order.
-  __device__ void add(const Block& b, const char* partials, const float* modulation, int row) {
-    float4 gate = at(modulation + 2 * WIDTH, b);
+  __device__ void add(const Block& b, const char* partials, int row) {
+    all_consumers();
     const uint4* from = reinterpret_cast<const uint4*>(partials) + row * (WIDTH / 4);
     uint4 v[K_SPLITS];
     constexpr int STRIDE = ROWS * WIDTH / 4;
-    load(v, from, b.thread, STRIDE, K_SPLITS * STRIDE);
-    settle(v, from, b.thread, STRIDE, K_SPLITS * STRIDE);
+    exchange::load(v, from, b.thread, STRIDE);
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int s = 0; s < K_SPLITS; ++s) {
@@ -452,8 +493,7 @@ struct Row {
     x[2] += gate.z * sum[2], x[3] += gate.w * sum[3];
   }
 
-  __device__ void norm(const Block& b, float* sums, const float* modulation, float (&y)[4]) const {
-    float4 scale = at(modulation, b), shift = at(modulation + WIDTH, b);
+  __device__ void norm(const Block& b, float* sums, float (&y)[4]) const {
     float square = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
 #pragma unroll
     for (int i = 16; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
@@ -504,34 +544,18 @@ __device__ __forceinline__ void stream_weights(const Arguments& a, u32 shared, i
   const int skipped = block < QKV_BLOCKS ? 0 : QKV_UNITS;
   const char* from = a.stream + long(block) * DEPTH * LAYER_UNITS * UNIT;
   const u64 policy = policy_evict_first();
-  int unit = 0, ahead_layer = 0, ahead = skipped;
-  for (int i = 0; i < AHEAD_UNITS + DEPTH_TIMES_STEPS * (LAYER_UNITS - skipped); ++i) {
-    // The unit that is fetched to L2 now is copied AHEAD_UNITS later.
-    if (AHEAD_UNITS) prefetch_l2(from + long(ahead_layer * LAYER_UNITS + ahead) * UNIT, UNIT, policy);
-    if (++ahead == LAYER_UNITS) {
-      ahead = skipped;
-      ahead_layer = ahead_layer + 1 == DEPTH ? 0 : ahead_layer + 1;
+  int slot = 0;
+  u32 parity = 1;  // of the slot before this turn: the first turn does not wait
+  for (int step = 0; step < STEPS; ++step) {
+    for (int layer = 0; layer < DEPTH; ++layer) {
+      for (int unit = skipped; unit < LAYER_UNITS; ++unit) {
+        wait(shared + EMPTY + 8 * slot, parity);
+        mbarrier_expect(shared + FULL + 8 * slot, UNIT);
+        bulk_copy(shared + RING + slot * UNIT, from + long(layer * LAYER_UNITS + unit) * UNIT, UNIT,
+                  shared + FULL + 8 * slot, policy);
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+      }
     }
-    if (i < AHEAD_UNITS) continue;
-    int of_layer = unit % (LAYER_UNITS - skipped) + skipped;
-    int layer = unit / (LAYER_UNITS - skipped) % DEPTH;
-    int slot = unit % SLOTS;
-    if (unit >= SLOTS) wait(shared + EMPTY + 8 * slot, (unit / SLOTS - 1) & 1);
-    mbarrier_expect(shared + FULL + 8 * slot, UNIT);
-    bulk_copy(shared + RING + slot * UNIT, from + long(layer * LAYER_UNITS + of_layer) * UNIT, UNIT,
-              shared + FULL + 8 * slot, policy);
-    ++unit;
-  }
-}
-
-// Once a block has queries of layer l, all blocks have read all that layer l − 1 exchanged.
-__device__ __forceinline__ void clear_sets(char* sets, u32 shared, int block, int lane) {
-  for (int layer = 0; layer < DEPTH_TIMES_STEPS; ++layer) {
-    wait(shared + DEAD, layer & 1);
-    clear(sets + (layer + 1) % 2 * SET, block * 32 + lane, BLOCKS * 32);
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared + CLEAN);
   }
 }
 
@@ -558,53 +582,63 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b, float* sum
   if (has_row && b.thread < ACTION_DIM) actions[b.thread] = a.actions[row * ACTION_DIM + b.thread];
   all_consumers();
 
-  int count = 0;
   for (int step = 0; step < STEPS; ++step) {
     const float* modulations = a.modulations + long(decided ? STEPS : step) * NORMS * 3 * WIDTH;
     if (has_row) x.embed(b, a, actions);
-    for (int layer = 0; layer < DEPTH; ++layer, ++count) {
-      char* set = a.sets + count % 2 * SET;
-      char* last_set = a.sets + (count + 1) % 2 * SET;
+    for (int layer = 0; layer < DEPTH; ++layer, ++b.layer) {
+      char* set = a.sets + b.layer % 2 * SET;
+      char* last_set = a.sets + (b.layer + 1) % 2 * SET;
       const float* modulation = modulations + 2 * layer * 3 * WIDTH;
       const char* keys = a.keys + layer * a.capacity * HEAD * 2;
       const char* values = a.values + layer * a.capacity * HEAD * 2;
       scales.load(a, step, layer);
+      if (FP8) fetch_prefix(b, split, keys, values, 0);  // E4M3 operands leave the space for them
       STAMP(0);
       if (has_row) {
-        if (layer) x.add(b, last_set + DOWN, modulation - 3 * WIDTH, row);
-        x.norm(b, sums, modulation, y);
+        x.load(b, layer ? modulation - 3 * WIDTH : modulation, modulation);
+        if (layer && b.thread == 0) exchange::await(b.counters, SUMS_2, b.layer * BLOCKS);
+        if (layer) x.add(b, last_set + DOWN, row);
+        x.norm(b, sums, y);
         publish(set + X, row, 4 * b.thread, y, INVERSE(x));
+        b.publish(ROWS_1);
       }
       STAMP(1);
       if (b.index < QKV_BLOCKS) qkv.run(b, set, ALPHA(x));
       else all_consumers();
       STAMP(2);
-      fetch_prefix(b, split, keys, values, 0);
+      if (!FP8) fetch_prefix(b, split, keys, values, 0);
       attend(b, split, set, keys, values);
-      if (b.thread == 0) mbarrier_arrive(b.shared + DEAD);
       STAMP(3);
       merge(b, set, INVERSE(y));
       STAMP(4);
-      product<64, 8, OUT_UNITS>(result, b, set + MERGED + b.index % K_SPLITS * OUT_UNITS * 128 * ROWS);
+      const int k = b.index % K_SPLITS;
+      product<64, 8, OUT_UNITS>(result, b, set + MERGED + k * OUT_UNITS * 128 * ROWS, MERGE + k, KEY_SPLITS);
       publish_partial(result, b, set + OUT, ALPHA(y));
+      b.publish(SUMS_1);
       STAMP(5);
       if (has_row) {
-        x.add(b, set + OUT, modulation, row);
-        x.norm(b, sums, modulation + 3 * WIDTH, y);
+        x.load(b, modulation, modulation + 3 * WIDTH);
+        if (b.thread == 0) b.await(SUMS_1, BLOCKS);
+        x.add(b, set + OUT, row);
+        x.norm(b, sums, y);
         publish(set + X2, row, 4 * b.thread, y, INVERSE(z));
+        b.publish(ROWS_2);
       }
       STAMP(6);
       geglu(b, set, ALPHA(z), INVERSE(w));
       STAMP(7);
-      product<64, 8, DOWN_UNITS>(result, b, set + HIDDEN + b.index % K_SPLITS * DOWN_UNITS * 128 * ROWS);
-      wait(b.shared + CLEAN, count & 1);
+      product<64, 8, DOWN_UNITS>(result, b, set + HIDDEN + k * DOWN_UNITS * 128 * ROWS, GATED + k,
+                                 BLOCKS / K_SPLITS);
       publish_partial(result, b, set + DOWN, ALPHA(w));
+      b.publish(SUMS_2);
       STAMP(8);
     }
     if (has_row) {
       const float* last = modulations + (NORMS - 1) * 3 * WIDTH;
-      x.add(b, a.sets + (count + 1) % 2 * SET + DOWN, last - 3 * WIDTH, row);
-      x.norm(b, sums, last, y);
+      x.load(b, last - 3 * WIDTH, last);
+      if (b.thread == 0) exchange::await(b.counters, SUMS_2, b.layer * BLOCKS);
+      x.add(b, a.sets + (b.layer + 1) % 2 * SET + DOWN, row);
+      x.norm(b, sums, y);
       x.move(b, a, y, actions, step, row, decided);
     }
   }
@@ -614,7 +648,7 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b, float* sum
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_steps(
-    const char* stream, char* sets, u32* counter, float* actions, const char* keys,
+    const char* stream, char* sets, u32* counters, float* actions, const char* keys,
     const char* values, long long capacity, const int* prefix_count, const int* decided,
     const float* cos, const float* sin, const float* modulations, const float* target,
     const float* weights, const float* gains, const float* weight_in, const float* bias_in,
@@ -625,7 +659,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_steps(
 #endif
 ) {
   extern __shared__ __align__(1024) char memory[];
-  const Arguments a{stream, sets, counter, actions, keys, values, capacity, prefix_count, decided,
+  const Arguments a{stream, sets, counters, actions, keys, values, capacity, prefix_count, decided,
                     cos, sin, modulations, target, weights, gains, weight_in, bias_in, weight_out,
                     bias_out, input_scales, weight_scales};
   const u32 shared = shared_address(memory);
@@ -635,22 +669,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_steps(
       mbarrier_init(shared + FULL + 8 * i, 1);
       mbarrier_init(shared + EMPTY + 8 * i, 4);
     }
-    mbarrier_init(shared + DEAD, 1);
-    mbarrier_init(shared + CLEAN, 1);
+    for (int i = 0; i < PIECES; ++i) mbarrier_init(shared + STAGED + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
 
   if (thread < CONSUMERS) {
     more_registers<232>();
-    for (int set = 0; set < 2; ++set) clear(sets + set * SET, block * CONSUMERS + thread, BLOCKS * CONSUMERS);
+    if (block == 0 && thread < COUNTERS) *place(counters, thread) = 0;
     all_consumers();
-    if (thread == 0) meet(counter);
+    if (thread == 0) meet(place(counters, COUNTERS));
     all_consumers();
     Block b;
     b.shared = shared;
     b.scratch = memory + SCRATCH;
     b.index = block;
+    b.counters = counters;
     b.thread = thread;
     b.group = thread / 128;
     b.warp = thread / 32 % 4;
@@ -666,6 +700,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_steps(
   } else {
     fewer_registers<40>();
     if (thread == CONSUMERS) stream_weights(a, shared, block);
-    if (thread / 32 == CONSUMERS / 32 + 1) clear_sets(sets, shared, block, thread % 32);
   }
 }

@@ -43,6 +43,13 @@ __device__ __forceinline__ u64 policy_evict_first() {
   return policy;
 }
 
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier,
                                           u64 policy) {
   asm volatile(
@@ -50,11 +57,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       " [%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes, u64 policy) {
-  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from),
-               "r"(bytes), "l"(policy));
 }
 
 // ---- other memory operations
@@ -76,10 +78,26 @@ __device__ __forceinline__ void store_shared(u32 to, uint4 v) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(u32 to, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
 // Makes ordinary writes to shared memory visible to wgmma; a barrier must follow.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// Orders what this thread knows to be written, in all memories, before copies that it starts.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
