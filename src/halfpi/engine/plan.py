@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from halfpi.engine.denoise import DenoiseInputs, DenoiseStage, modulation_table
 from halfpi.engine.graphs import Replay, captured
 from halfpi.engine.operations import Operations
 from halfpi.engine.packing import Packer
+from halfpi.engine.persistent import PersistentDenoise, persistent_sizes
 from halfpi.engine.prefill import Cache, PrefillStage
 from halfpi.engine.staging import Field, Staging
 from halfpi.engine.vision import VisionStage
@@ -32,8 +34,8 @@ class Plan:
 
     staging: inputs of a call. images: by dtype, uint8 (n, h, w, 3) and fp32 (n, 3, h, w).
     embedded: (s, d), rows of the prefix. vision: by dtype of the images, first block and number of
-    blocks. prefill: by rows, ascending. denoise: by number of steps. cold_start_s: what planning
-    took.
+    blocks. prefill: by rows, ascending. denoise: by number of steps. persistent: whether it is one
+    kernel for all steps. cold_start_s: what planning took.
     """
 
     staging: Staging
@@ -42,6 +44,7 @@ class Plan:
     vision: Mapping[tuple[torch.dtype, int, int], Replay]
     prefill: Mapping[int, Replay]
     denoise: Mapping[int, Replay]
+    persistent: bool
     cold_start_s: float
 
 
@@ -60,7 +63,7 @@ def make_plan(
 
     prefill = PrefillStage(sizes, packer.prefix(), operations, embedded, cache, staging.device)
     vision = VisionStage(sizes, packer.vision(), operations, embedded, config.max_cameras)
-    denoise = DenoiseStage(sizes, packer.expert(), operations, cache, _denoise_inputs(staging))
+    stages = _denoise_stages(packer, config, operations, cache, _denoise_inputs(staging))
     images = {torch.uint8: vision.pixels, torch.float32: vision.floats}
     tables = {steps: modulation_table(model, steps, device) for steps in config.num_steps}
     _fill_for_capture(staging, prefix_rows)
@@ -78,11 +81,38 @@ def make_plan(
             rows: captured(partial(prefill.enqueue, rows), device) for rows in buckets(prefix_rows)
         },
         denoise={
-            steps: captured(partial(denoise.enqueue, table), device)
+            steps: captured(partial(stages[steps].enqueue, table), device)
             for steps, table in tables.items()
         },
+        persistent=isinstance(next(iter(stages.values())), PersistentDenoise),
         cold_start_s=time.perf_counter() - began,
     )
+
+
+def _denoise_stages(
+    packer: Packer,
+    config: EngineConfig,
+    operations: Operations,
+    cache: Cache,
+    inputs: DenoiseInputs,
+) -> Mapping[int, DenoiseStage | PersistentDenoise]:
+    """By number of steps: one kernel for each schedule where that can be, else a chain for all."""
+    sizes, weights, device = packer.config, packer.expert(), cache.keys.device
+    precision = weights.layers[0].qkv.weight.dtype
+    planned = {
+        steps: persistent_sizes(sizes, steps, precision, device) for steps in config.num_steps
+    }
+    whole = {steps: one for steps, one in planned.items() if one is not None}
+    if config.persistent_expert and len(whole) == len(planned):
+        try:
+            return {
+                steps: PersistentDenoise(one, weights, cache, inputs)
+                for steps, one in whole.items()
+            }
+        except ImportError as error:
+            warnings.warn(f"the expert runs as a chain of kernels: {error}", stacklevel=2)
+    chain = DenoiseStage(sizes, weights, operations, cache, inputs)
+    return dict.fromkeys(config.num_steps, chain)
 
 
 def buckets(rows: int) -> list[int]:

@@ -11,7 +11,6 @@ The CUDA source lies in `cuda/` and is compiled at run time through `cuda-core` 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +142,10 @@ def expert_steps_reference(
             prefix = keys[index, :prefix_count], values[index, :prefix_count]
 
             def linear(
-                x: Tensor, site: int, layer: ExpertLayer = layer, at: tuple[int, int] = (step, index)
+                x: Tensor,
+                site: int,
+                layer: ExpertLayer = layer,
+                at: tuple[int, int] = (step, index),
             ) -> Tensor:
                 return F.linear(quantise(x, *at, site), getattr(layer, SITES[site]))
 
@@ -167,9 +169,7 @@ def _modulated(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
     return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
-def _attended(
-    qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]
-) -> Tensor:
+def _attended(qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]) -> Tensor:
     """What h rows of `qkv` (h, (q + 2)·k) read from the prefix and each other → (h, q·k)."""
     turned, value = qkv.unflatten(1, (-1, HEAD_DIM)).split([qkv.shape[1] // HEAD_DIM - 1, 1], 1)
     even, odd = turned.float().unflatten(2, (-1, 2)).unbind(-1)
@@ -185,14 +185,12 @@ def _attended(
 
 
 def supports(sizes: ExpertSizes, device: torch.device) -> bool:
-    """Whether `ExpertSteps` can be built: its sizes, a Hopper GPU of 128 SMs, and cuda-core."""
+    """Whether the kernel can do `sizes`, and `device` is a Hopper GPU with enough SMs."""
     try:
         sizes.check()
     except ValueError:
         return False
-    if device.type != "cuda" or importlib.util.find_spec("cuda") is None:
-        return False
-    if importlib.util.find_spec("cuda.core") is None:
+    if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)
     is_hopper = (properties.major, properties.minor) == (9, 0)
@@ -305,7 +303,12 @@ def _check_weights(
         raise ValueError(f"layers must be {sizes.depth}, got {len(layers)}")
     d, a = sizes.width, sizes.action_dim
     for index, layer in enumerate(layers):
-        shapes = ((QKV_ROWS, d), (d, sizes.q_heads * sizes.head_dim), (2 * sizes.mlp, d), (d, sizes.mlp))
+        shapes = (
+            (QKV_ROWS, d),
+            (d, sizes.q_heads * sizes.head_dim),
+            (2 * sizes.mlp, d),
+            (d, sizes.mlp),
+        )
         for site, shape in zip(SITES, shapes, strict=True):
             check(f"layers[{index}].{site}", getattr(layer, site), shape, sizes.precision)
     shapes_by_name = {"weight_in": (d, a), "bias_in": (d,), "weight_out": (a, d), "bias_out": (a,)}

@@ -1,0 +1,110 @@
+"""The denoise stage as one kernel for a whole schedule, on Hopper GPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfpi.config import Pi05Config
+from halfpi.engine.denoise import DenoiseInputs
+from halfpi.engine.packing import ExpertLayer, ExpertWeights, Matrix
+from halfpi.engine.prefill import Cache
+from halfpi.kernels import expert_stream
+from halfpi.kernels.expert_steps import ActionWeights, ExpertSizes, ExpertSteps, supports
+
+
+def persistent_sizes(
+    config: Pi05Config, num_steps: int, precision: torch.dtype, device: torch.device
+) -> ExpertSizes | None:
+    """What `PersistentDenoise` would be built for, None where it cannot be."""
+    sizes = ExpertSizes(
+        horizon=config.horizon,
+        steps=num_steps,
+        precision=precision,
+        width=config.expert_width,
+        mlp=config.expert_mlp,
+        depth=config.depth,
+        q_heads=config.q_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        action_dim=config.action_dim,
+    )
+    return sizes if supports(sizes, device) else None
+
+
+class PersistentDenoise:
+    """As `DenoiseStage`, for one schedule.
+
+    Raises ImportError naming the extra that brings what compiles the kernel.
+    """
+
+    def __init__(
+        self, sizes: ExpertSizes, weights: ExpertWeights, cache: Cache, inputs: DenoiseInputs
+    ) -> None:
+        """Pack the weights once more, into the stream that the kernel reads."""
+        self._cache = cache
+        self._inputs = inputs
+        matrices = [_matrices(layer) for layer in weights.layers]
+        layers = [
+            expert_stream.ExpertLayer(*(matrix.weight for matrix in layer)) for layer in matrices
+        ]
+        quantised = sizes.precision != torch.bfloat16
+        self._kernel = ExpertSteps(
+            sizes,
+            layers,
+            _ends(weights),
+            cache.keys.device,
+            input_scales=_input_scales(matrices) if quantised else None,
+            weight_scales=_weight_scales(matrices) if quantised else None,
+        )
+
+    def enqueue(self, modulations: Tensor) -> None:
+        """All steps of the schedule whose `modulation_table` this is."""
+        inputs, cache = self._inputs, self._cache
+        self._kernel(
+            inputs.actions,
+            cache.keys,
+            cache.values,
+            inputs.prefix_count,
+            inputs.decided,
+            cache.cos,
+            cache.sin,
+            modulations,
+            inputs.target,
+            inputs.pull,
+            inputs.gains[: modulations.shape[0] - 1],
+        )
+
+
+def _matrices(layer: ExpertLayer) -> tuple[Matrix, ...]:
+    return layer.qkv, layer.out, layer.gate_up, layer.down
+
+
+def _ends(weights: ExpertWeights) -> ActionWeights:
+    first, last = weights.action_in, weights.action_out
+    if first.bias is None or last.bias is None:
+        raise ValueError("the projections of actions must have biases")
+    return ActionWeights(first.weight, first.bias, last.weight, last.bias)
+
+
+def _input_scales(matrices: list[tuple[Matrix, ...]]) -> Tensor:
+    """fp32 (steps, depth, 4)."""
+    return torch.stack([torch.cat([_scale(one) for one in layer], 1) for layer in matrices], 1)
+
+
+def _weight_scales(matrices: list[tuple[Matrix, ...]]) -> Tensor:
+    """fp32 (depth, 4): what is left of alpha without the input's scale."""
+    rows = [[_alpha(one)[0] / _scale(one)[0] for one in layer] for layer in matrices]
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def _scale(matrix: Matrix) -> Tensor:
+    if matrix.input_scale is None:
+        raise ValueError("an FP8 matrix must have an input scale")
+    return matrix.input_scale
+
+
+def _alpha(matrix: Matrix) -> Tensor:
+    if matrix.alpha is None:
+        raise ValueError("an FP8 matrix must have the product of its scales")
+    return matrix.alpha
