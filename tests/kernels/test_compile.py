@@ -6,6 +6,7 @@ compiled with the very specialisations of the real shapes.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,10 +85,12 @@ def check_kernel(kernel: Any, case: Case, device: Device, launch: Launch) -> Non
 
 
 def launches(spec: KernelSpec[Launch], case: Case, device: Device) -> Iterator[Launch]:
-    """The default, and the first that reads through tensor descriptors if there are such."""
+    """The default, and the first with tensor descriptors and with programs that share tiles."""
     candidates = spec.candidates(case, device)
     yield candidates[0]
-    yield from [launch for launch in candidates if getattr(launch, "tma", False)][:1]
+    for kind in ("tma", "programs"):
+        others = (one for one in candidates[1:] if getattr(one, kind, 0))
+        yield from itertools.islice(others, 1)
 
 
 def compilations() -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfpi.kernels import specs
+from halfpi.kernels import specs, tuned
 from halfpi.kernels.spec import Case, Device, KernelSpec, Launch, Problem, error_ratio
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -43,9 +43,18 @@ def finished(spec: KernelSpec[Launch], case: Case, launch: Launch) -> Problem:
 
 
 def launches(spec: KernelSpec[Launch], case: Case) -> list[Launch]:
-    """The default, and the first that reads through tensor descriptors if there are such."""
-    candidates = spec.candidates(case, Device.of(CUDA))
-    return [candidates[0], *[one for one in candidates if getattr(one, "tma", False)][:1]]
+    """The one in use, the default, and the first of every other kind."""
+    device = Device.of(CUDA)
+    candidates = spec.candidates(case, device)
+    least = {"tma": 1, "programs": 1, "promote": 1, "split_k": 2, "splits": 2, "library": 1}
+    firsts = {
+        kind: one
+        for kind, value in least.items()
+        for one in reversed(candidates)
+        if getattr(one, kind, 0) >= value
+    }
+    used = tuned.best(spec.name, case.sizes, case.dtype, case.out_dtype, device)
+    return list(dict.fromkeys([used, candidates[0], *firsts.values()]))
 
 
 @pytest.mark.parametrize(("spec", "case"), problems())

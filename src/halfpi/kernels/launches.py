@@ -27,6 +27,8 @@ _MANY_ROWS = (
     (128, 64, 1, 4, 4),
     (64, 64, 1, 4, 6),
 )
+# cuBLAS wants E4M3 operands of these multiples.
+_LIBRARY_ALIGN = 16
 # Warps that keep a multiprocessor's matrix units busy.
 _WARPS = 8
 # Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does.
@@ -80,12 +82,10 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
         for one in with_tma
         if _tiles(one, m, n) > (programs := device.multiprocessors * (_WARPS // one.num_warps))
     ]
-    ahead = [
-        dataclasses.replace(one, ahead=one.num_stages)
-        for one in with_tma
-        if _tiles(one, m, n) <= 2 * device.multiprocessors
-    ]
-    return [*with_tma, *ahead, *persistent, *plain[:2], TileLaunch(pdl=True, library=True)]
+    launches = [*with_tma, *persistent, *plain[:2]]
+    if itemsize <= 2 and n % _LIBRARY_ALIGN == 0 and k % _LIBRARY_ALIGN == 0:
+        launches.append(TileLaunch(pdl=True, library=True))
+    return launches
 
 
 def _tiles(launch: TileLaunch, m: int, n: int) -> int:
