@@ -41,7 +41,7 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -
     torch.manual_seed(0)
     layer = mapped(random_layer(torch.device("cpu")), lambda _, weight: weight.to(precision))
     stream = pack([layer], torch.device("cpu"))
-    qkv, out, wide, down = stream[:, 0].split(layer_units(precision.itemsize), 1)
+    qkv, out, wide, down = torch.split(stream[:, 0], layer_units(precision.itemsize), 1)
     chunk = 16 // precision.itemsize
 
     def element(block: int, part: Tensor, rows: int, row: int, column: int) -> Tensor:
@@ -92,12 +92,23 @@ class Case:
     """Random weights and inputs; for FP8 with scales calibrated on the FP32 reference."""
 
     def __init__(
-        self, sizes: ExpertSizes, prefix: int, decided: int = 0, guided: bool = False, spare: int = 0
+        self,
+        sizes: ExpertSizes,
+        prefix: int,
+        decided: int = 0,
+        guided: bool = False,
+        spare: int = 0,
     ) -> None:
         torch.manual_seed(0)
         device = torch.device("cuda")
         self.sizes, self.prefix, self.decided, self.spare = sizes, prefix, decided, spare
-        h, a, d, depth, steps = sizes.horizon, sizes.action_dim, sizes.width, sizes.depth, sizes.steps
+        h, a, d, depth, steps = (
+            sizes.horizon,
+            sizes.action_dim,
+            sizes.width,
+            sizes.depth,
+            sizes.steps,
+        )
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(shape, device=device) * scale
@@ -108,9 +119,11 @@ class Case:
         rows = prefix + h + spare
         frequencies = 10_000.0 ** -(torch.arange(128, device=device) / 128)
         angles = torch.outer(torch.arange(rows, device=device), frequencies)
-        weights = torch.linspace(1, 0, h, device=device) if guided else torch.zeros(h, device=device)
+        weights = (
+            torch.linspace(1, 0, h, device=device) if guided else torch.zeros(h, device=device)
+        )
         self.noise = randn(h, a)
-        self.inputs = {
+        self.inputs: dict[str, Any] = {
             "keys": randn(depth, rows, 1, 256).bfloat16(),
             "values": randn(depth, rows, 1, 256).bfloat16(),
             "cos": angles.cos(),
@@ -130,9 +143,12 @@ class Case:
 
     def _quantise(self, layers: list[ExpertLayer]) -> None:
         size = self.sizes
-        weight_scales = torch.stack(
-            [torch.stack([getattr(one, n).abs().max() for n in SITES]) for one in layers]
-        ) / FP8_MAX
+        weight_scales = (
+            torch.stack(
+                [torch.stack([getattr(one, n).abs().max() for n in SITES]) for one in layers]
+            )
+            / FP8_MAX
+        )
         self.stored = [
             mapped(layer, lambda site, weight, i=i: (weight / weight_scales[i, site]).to(FP8))
             for i, layer in enumerate(layers)

@@ -143,7 +143,10 @@ def expert_steps_reference(
             prefix = keys[index, :prefix_count], values[index, :prefix_count]
 
             def linear(
-                x: Tensor, site: int, layer: ExpertLayer = layer, at: tuple[int, int] = (step, index)
+                x: Tensor,
+                site: int,
+                layer: ExpertLayer = layer,
+                at: tuple[int, int] = (step, index),
             ) -> Tensor:
                 return F.linear(quantise(x, *at, site), getattr(layer, SITES[site]))
 
@@ -167,9 +170,7 @@ def _modulated(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
     return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
-def _attended(
-    qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]
-) -> Tensor:
+def _attended(qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]) -> Tensor:
     """What h rows of `qkv` (h, (q + 2)·k) read from the prefix and each other → (h, q·k)."""
     turned, value = qkv.unflatten(1, (-1, HEAD_DIM)).split([qkv.shape[1] // HEAD_DIM - 1, 1], 1)
     even, odd = turned.float().unflatten(2, (-1, 2)).unbind(-1)
@@ -260,10 +261,10 @@ class ExpertSteps:
 
         keys, values: bfloat16 (depth, capacity, 1, k), of which the first `prefix_count` rows are
         read, and nothing is written. prefix_count, decided: int32 (1,). Rows of `actions` below
-        `decided` are given: they keep their value and use the last row of the modulations. cos, sin:
-        fp32 (positions, k/2), at least prefix_count + h of them. modulations: fp32 (steps + 1,
-        2·depth + 1, 3d), the last row is time 0. target: fp32 (h, a), weights: fp32 (h,), gains: fp32
-        (steps,): guidance; rows of weight 0 are free.
+        `decided` are given: they keep their value and use the last row of the modulations.
+        cos, sin: fp32 (positions, k/2), at least prefix_count + h of them. modulations: fp32
+        (steps + 1, 2·depth + 1, 3d), the last row is time 0. target: fp32 (h, a), weights: fp32
+        (h,), gains: fp32 (steps,): guidance; rows of weight 0 are free.
 
         Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
         """
@@ -305,10 +306,20 @@ def _check_weights(
         raise ValueError(f"layers must be {sizes.depth}, got {len(layers)}")
     d, a = sizes.width, sizes.action_dim
     for index, layer in enumerate(layers):
-        shapes = ((QKV_ROWS, d), (d, sizes.q_heads * sizes.head_dim), (2 * sizes.mlp, d), (d, sizes.mlp))
+        shapes = (
+            (QKV_ROWS, d),
+            (d, sizes.q_heads * sizes.head_dim),
+            (2 * sizes.mlp, d),
+            (d, sizes.mlp),
+        )
         for site, shape in zip(SITES, shapes, strict=True):
             check(f"layers[{index}].{site}", getattr(layer, site), shape, sizes.precision)
-    shapes_by_name = {"weight_in": (d, a), "bias_in": (d,), "weight_out": (a, d), "bias_out": (a,)}
+    shapes_by_name: dict[str, tuple[int, ...]] = {
+        "weight_in": (d, a),
+        "bias_in": (d,),
+        "weight_out": (a, d),
+        "bias_out": (a,),
+    }
     for name, shape in shapes_by_name.items():
         check(f"action.{name}", getattr(action, name), shape, torch.float32)
     if (sizes.precision == FP8) != (input_scales is not None and weight_scales is not None):
