@@ -258,10 +258,10 @@ class ExpertSteps:
 
         keys, values: bfloat16 (depth, capacity, 1, k), of which the first `prefix_count` rows are
         read, and nothing is written. prefix_count, decided: int32 (1,). Rows of `actions` below
-        `decided` are given: they keep their value and use the last row of the modulations. cos, sin:
-        fp32 (positions, k/2), at least prefix_count + h of them. modulations: fp32 (steps + 1,
-        2·depth + 1, 3d), the last row is time 0. target: fp32 (h, a), weights: fp32 (h,), gains: fp32
-        (steps,): guidance; rows of weight 0 are free.
+        `decided` are given: they keep their value and use the last row of the modulations.
+        cos, sin: fp32 (positions, k/2), at least prefix_count + h of them. modulations: fp32
+        (steps + 1, 2·depth + 1, 3d), the last row is time 0. target: fp32 (h, a), weights: fp32
+        (h,), gains: fp32 (steps,): guidance; rows of weight 0 are free.
 
         Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
         """
@@ -311,7 +311,12 @@ def _check_weights(
         )
         for site, shape in zip(SITES, shapes, strict=True):
             check(f"layers[{index}].{site}", getattr(layer, site), shape, sizes.precision)
-    shapes_by_name = {"weight_in": (d, a), "bias_in": (d,), "weight_out": (a, d), "bias_out": (a,)}
+    shapes_by_name: dict[str, tuple[int, ...]] = {
+        "weight_in": (d, a),
+        "bias_in": (d,),
+        "weight_out": (a, d),
+        "bias_out": (a,),
+    }
     for name, shape in shapes_by_name.items():
         check(f"action.{name}", getattr(action, name), shape, torch.float32)
     if (sizes.precision == FP8) != (input_scales is not None and weight_scales is not None):

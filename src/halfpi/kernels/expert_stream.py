@@ -66,17 +66,19 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
 
 def _chunks(weight: Tensor) -> Tensor:
     """`weight` (n, k) as bytes (n, chunks, 16)."""
-    return weight.contiguous().view(torch.uint8).unflatten(1, (-1, _CHUNK_BYTES))
+    chunks: Tensor = weight.contiguous().view(torch.uint8).unflatten(1, (-1, _CHUNK_BYTES))
+    return chunks
 
 
 def _row_tiles(weight: Tensor, rows: int) -> Tensor:
     """Tiles of `rows` rows with all of K: (tiles, chunks, rows, 16)."""
-    return _chunks(weight).unflatten(0, (-1, rows)).transpose(1, 2)
+    tiles: Tensor = _chunks(weight).unflatten(0, (-1, rows))
+    return tiles.transpose(1, 2)
 
 
 def _split_tiles(weight: Tensor) -> Tensor:
     """Tiles of 64 rows and an eighth of K: (tiles, splits, chunks, 64, 16)."""
-    tiles = _chunks(weight).unflatten(0, (-1, 64)).unflatten(2, (_K_SPLITS, -1))
+    tiles: Tensor = _chunks(weight).unflatten(0, (-1, 64)).unflatten(2, (_K_SPLITS, -1))
     return tiles.permute(0, 2, 3, 1, 4)
 
 
@@ -86,5 +88,5 @@ def _gated_order(gate_up: Tensor) -> Tensor:
     A thread has columns 2 i and 2 i + 1 of each group of 8: they are gate and up, and four groups
     make four neighbouring outputs, which are stored as one word.
     """
-    rows = gate_up.unflatten(0, (-1, 4, 4, 2))  # (half tile, thread, group, gate or up)
+    rows: Tensor = gate_up.unflatten(0, (-1, 4, 4, 2))  # (half tile, thread, group, gate or up)
     return rows.transpose(1, 2).flatten(0, 3)

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int CONSUMERS = 256, THREADS = 384;
 constexpr int SLOTS = 10, UNIT = 8192;
+// Copies under way: enough for full bandwidth. More would only queue, and publishing waits for them.
+constexpr int IN_FLIGHT = 2;
 constexpr int QKV_ROWS = 32, QKV_BLOCKS = (HEADS + 2) * HEAD / QKV_ROWS;
 constexpr int QKV_UNITS = WIDTH / CHUNK / 16, OUT_UNITS = HEADS * HEAD / K_SPLITS / CHUNK / 8;
 constexpr int WIDE_UNITS = WIDTH / CHUNK / 8, DOWN_UNITS = MLP / K_SPLITS / CHUNK / 8;
@@ -21,7 +23,7 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 // Shared memory: operands (keys and values in the second half), ring, scratch, barriers.
 constexpr int OPERANDS = 0, KEYS = 65536, VALUES = 98304, RING = 131072;
 constexpr int SCRATCH = RING + SLOTS * UNIT, BARRIERS = SCRATCH + 16384;
-constexpr int PIECES = 9;  // of operands: at most 8 of a product, and queries
+constexpr int PIECES = 17;  // of operands: at most 16 of a product, and queries
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, STAGED = EMPTY + 8 * SLOTS;
 constexpr int SUMS = (STAGED + 8 * PIECES + 15) / 16 * 16, ACTIONS = SUMS + 64;
 constexpr int SHARED = ACTIONS + 128;
@@ -89,58 +91,45 @@ __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
 // ---- matrix products
 
-// (64 rows, N) of `from` · the next UNITS units of the ring. Each group sums half of the units, and
+// (64 rows, N) of `from` · the next `units` units of the ring. Each group sums every other unit, and
 // ends with half of the columns: result[4 g + i] is column 8 (group · N / 16 + g) + 2 (lane % 4) +
-// i % 2 of row `row` + 8 (i / 2).
-template <int N, int UNIT_CHUNKS, int UNITS>
-__device__ __forceinline__ void product(float (&result)[N / 4], Block& b, const char* from,
+// i % 2 of row `row` + 8 (i / 2). Loops stay loops: a layer's code must fit the instruction cache.
+template <int N, int UNIT_CHUNKS>
+__device__ __forceinline__ void product(float (&result)[N / 4], Block& b, const char* from, int units,
                                         int counter, int writers) {
-  constexpr int BATCH = UNITS / 2 < 16 / UNIT_CHUNKS ? UNITS / 2 : 16 / UNIT_CHUNKS;
-  constexpr int BATCHES = UNITS / 2 / BATCH;
-  constexpr int CHUNKS = BATCH * UNIT_CHUNKS, PIECE = CHUNKS * ROWS * 16;
+  constexpr int PIECE = UNIT_CHUNKS * ROWS * 16;
   all_consumers();  // the operands of the last product are read
   if (b.thread == 0) {
     b.await(counter, writers);
     fence_copies();
-    for (int p = 0; p < 2 * BATCHES; ++p) b.fetch(p, OPERANDS + p * PIECE, from + p * PIECE, PIECE);
+#pragma unroll 1
+    for (int p = 0; p < units; ++p) b.fetch(p, OPERANDS + p * PIECE, from + p * PIECE, PIECE);
   }
   float acc[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-#pragma unroll
-  for (int t = 0; t < BATCHES; ++t) {
-    const u32 a = b.shared + OPERANDS + (2 * t + b.group) * PIECE;
-    b.wait_for(2 * t + b.group);
-    const int first = b.unit + (2 * t + b.group) * BATCH;
-    for (int unit = first; unit < first + BATCH; ++unit) {
-      wait(b.shared + FULL + 8 * (unit % SLOTS), unit / SLOTS & 1);
-    }
+  int last = 0;
+#pragma unroll 1
+  for (int u = b.group; u < units; u += 2) {
+    const int unit = b.unit + u, slot = unit % SLOTS;
+    const u64 x = descriptor(b.shared + OPERANDS + u * PIECE, ROWS * 16, 128);
+    const u64 w = descriptor(b.shared + RING + slot * UNIT, N * 16, 128);
+    b.wait_for(u);
+    wait(b.shared + FULL + 8 * slot, unit / SLOTS & 1);
     __syncwarp();
     wgmma_fence();
 #pragma unroll
-    for (int u = 0; u < BATCH; ++u) {
-      u32 w = b.shared + RING + (first + u) % SLOTS * UNIT;
-#pragma unroll
-      for (int k = 0; k < UNIT_CHUNKS / 2; ++k) {
-        Format::mma(acc, descriptor(a + (u * UNIT_CHUNKS + 2 * k) * ROWS * 16, ROWS * 16, 128),
-                    descriptor(w + 2 * k * N * 16, N * 16, 128));
-      }
-    }
+    for (int k = 0; k < UNIT_CHUNKS / 2; ++k) Format::mma(acc, x + k * 2 * ROWS, w + k * 2 * N);
     wgmma_commit();
-    if (t > 0) {
+    if (u > 1) {
       wgmma_wait<1>();
-      for (int u = 0; u < BATCH && b.lane == 0; ++u) {
-        int unit = b.unit + (2 * t - 2 + b.group) * BATCH + u;
-        mbarrier_arrive(b.shared + EMPTY + 8 * (unit % SLOTS));
-      }
+      if (b.lane == 0) mbarrier_arrive(b.shared + EMPTY + 8 * last);
     }
+    last = slot;
   }
   wgmma_wait<0>();
-  for (int u = 0; u < BATCH && b.lane == 0; ++u) {
-    int unit = b.unit + (2 * BATCHES - 2 + b.group) * BATCH + u;
-    mbarrier_arrive(b.shared + EMPTY + 8 * (unit % SLOTS));
-  }
-  b.unit += UNITS;
+  if (b.lane == 0) mbarrier_arrive(b.shared + EMPTY + 8 * last);
+  b.unit += units;
 
   constexpr int HALF = N / 4;
   float4* mine = b.exchanged(b.group);
@@ -202,7 +191,7 @@ struct QkvRope {
   }
   __device__ __forceinline__ void run(Block& b, char* set, float alpha) const {
     float result[8];
-    product<QKV_ROWS, 16, QKV_UNITS>(result, b, set + X, ROWS_1, ROWS);
+    product<QKV_ROWS, 16>(result, b, set + X, QKV_UNITS, ROWS_1, ROWS);
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       int n = column(b, g);
@@ -226,9 +215,8 @@ __device__ __forceinline__ float gated(float gate, float up) {
 }
 
 // The packing gives each thread four neighbouring columns, gate and up side by side.
-__device__ __forceinline__ void geglu(Block& b, char* set, float alpha, float inverse_scale) {
-  float result[16];
-  product<64, 8, WIDE_UNITS>(result, b, set + X2, ROWS_2, ROWS);
+__device__ __forceinline__ void publish_gated(const float (&result)[16], const Block& b, char* set,
+                                              float alpha, float inverse_scale) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float v[4];
@@ -241,7 +229,6 @@ __device__ __forceinline__ void geglu(Block& b, char* set, float alpha, float in
       publish(set + HIDDEN, row, b.index * 32 + b.group * 16 + b.lane % 4 * 4, v, inverse_scale);
     }
   }
-  b.publish(GATED + b.index / (BLOCKS / K_SPLITS));
 }
 
 // ---- attention: block 16 q + s has head q and split s of the keys
@@ -263,7 +250,7 @@ struct Split {  // prefix keys first, then keys of actions; both shared out even
 __device__ __forceinline__ void fetch_prefix(const Block& b, const Split& split, const char* keys,
                                              const char* values, int first) {
   int chunk = b.thread / 32 * 4 + b.lane / 8;
-#pragma unroll
+#pragma unroll 2
   for (int i = 0; i < 8; ++i) {
     int slot = 8 * i + b.lane % 8, key = first + slot;
     bool cached = key < split.prefix_keys;
@@ -544,32 +531,42 @@ __device__ __forceinline__ void stream_weights(const Arguments& a, u32 shared, i
   const int skipped = block < QKV_BLOCKS ? 0 : QKV_UNITS;
   const char* from = a.stream + long(block) * DEPTH * LAYER_UNITS * UNIT;
   const u64 policy = policy_evict_first();
-  int slot = 0;
-  u32 parity = 1;  // of the slot before this turn: the first turn does not wait
+  int slot = 0, last = SLOTS - IN_FLIGHT;  // the slot that was filled IN_FLIGHT units ago
+  u32 parity = 1, last_parity = 1;         // of the turn before: the first turn does not wait
   for (int step = 0; step < STEPS; ++step) {
     for (int layer = 0; layer < DEPTH; ++layer) {
       for (int unit = skipped; unit < LAYER_UNITS; ++unit) {
         wait(shared + EMPTY + 8 * slot, parity);
+        wait(shared + FULL + 8 * last, last_parity);
         mbarrier_expect(shared + FULL + 8 * slot, UNIT);
         bulk_copy(shared + RING + slot * UNIT, from + long(layer * LAYER_UNITS + unit) * UNIT, UNIT,
                   shared + FULL + 8 * slot, policy);
         if (++slot == SLOTS) slot = 0, parity ^= 1;
+        if (++last == SLOTS) last = 0, last_parity ^= 1;
       }
     }
   }
 }
 
-#ifdef STAMPS
-#define STAMP(point) if (b.thread == 0) stamps[(count * BLOCKS + b.index) * 16 + point] = clock64()
-#else
-#define STAMP(point)
-#endif
+enum { OF_OUT, OF_WIDE, OF_DOWN };
 
-__device__ __forceinline__ void compute(const Arguments& a, Block& b, float* sums, float* actions
-#ifdef STAMPS
-                                        , long long* stamps
-#endif
-) {
+struct Operand {  // of a product with 64 columns, and who writes it
+  long from;
+  int units, counter, writers, publishes;
+
+  __device__ Operand(int product_of, int block) {
+    const int k = block % K_SPLITS;
+    from = product_of == OF_OUT ? MERGED + k * OUT_UNITS * 128 * ROWS
+           : product_of == OF_WIDE ? X2 : HIDDEN + k * DOWN_UNITS * 128 * ROWS;
+    units = product_of == OF_OUT ? OUT_UNITS : product_of == OF_WIDE ? WIDE_UNITS : DOWN_UNITS;
+    counter = product_of == OF_OUT ? MERGE + k : product_of == OF_WIDE ? int(ROWS_2) : GATED + k;
+    writers = product_of == OF_OUT ? KEY_SPLITS : product_of == OF_WIDE ? ROWS : BLOCKS / K_SPLITS;
+    publishes = product_of == OF_OUT ? int(SUMS_1)
+                : product_of == OF_WIDE ? GATED + block / (BLOCKS / K_SPLITS) : int(SUMS_2);
+  }
+};
+
+__device__ __forceinline__ void compute(const Arguments& a, Block& b, float* sums, float* actions) {
   constexpr int NORMS = 2 * DEPTH + 1;
   const int row = BLOCKS - 1 - b.index;
   const bool has_row = row < ROWS, decided = row < *a.decided;
@@ -593,45 +590,36 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b, float* sum
       const char* values = a.values + layer * a.capacity * HEAD * 2;
       scales.load(a, step, layer);
       if (FP8) fetch_prefix(b, split, keys, values, 0);  // E4M3 operands leave the space for them
-      STAMP(0);
-      if (has_row) {
-        x.load(b, layer ? modulation - 3 * WIDTH : modulation, modulation);
-        if (layer && b.thread == 0) exchange::await(b.counters, SUMS_2, b.layer * BLOCKS);
-        if (layer) x.add(b, last_set + DOWN, row);
-        x.norm(b, sums, y);
-        publish(set + X, row, 4 * b.thread, y, INVERSE(x));
-        b.publish(ROWS_1);
+#pragma unroll 1
+      for (int product_of = OF_OUT; product_of <= OF_DOWN; ++product_of) {
+        if (product_of != OF_DOWN && has_row) {
+          const bool first = product_of == OF_OUT;
+          const float* now = modulation + (first ? 0 : 3 * WIDTH);
+          x.load(b, first && !layer ? now : now - 3 * WIDTH, now);
+          if (!first || layer) {
+            if (b.thread == 0) {
+              exchange::await(b.counters, first ? SUMS_2 : SUMS_1, (b.layer + !first) * BLOCKS);
+            }
+            x.add(b, first ? last_set + DOWN : set + OUT, row);
+          }
+          x.norm(b, sums, y);
+          publish(set + (first ? X : X2), row, 4 * b.thread, y, first ? INVERSE(x) : INVERSE(z));
+          b.publish(first ? ROWS_1 : ROWS_2);
+        }
+        if (product_of == OF_OUT) {
+          if (b.index < QKV_BLOCKS) qkv.run(b, set, ALPHA(x));
+          else all_consumers();
+          if (!FP8) fetch_prefix(b, split, keys, values, 0);
+          attend(b, split, set, keys, values);
+          merge(b, set, INVERSE(y));
+        }
+        const Operand operand(product_of, b.index);
+        product<64, 8>(result, b, set + operand.from, operand.units, operand.counter, operand.writers);
+        if (product_of == OF_WIDE) publish_gated(result, b, set, ALPHA(z), INVERSE(w));
+        else publish_partial(result, b, set + (product_of == OF_OUT ? OUT : DOWN),
+                             product_of == OF_OUT ? ALPHA(y) : ALPHA(w));
+        b.publish(operand.publishes);
       }
-      STAMP(1);
-      if (b.index < QKV_BLOCKS) qkv.run(b, set, ALPHA(x));
-      else all_consumers();
-      STAMP(2);
-      if (!FP8) fetch_prefix(b, split, keys, values, 0);
-      attend(b, split, set, keys, values);
-      STAMP(3);
-      merge(b, set, INVERSE(y));
-      STAMP(4);
-      const int k = b.index % K_SPLITS;
-      product<64, 8, OUT_UNITS>(result, b, set + MERGED + k * OUT_UNITS * 128 * ROWS, MERGE + k, KEY_SPLITS);
-      publish_partial(result, b, set + OUT, ALPHA(y));
-      b.publish(SUMS_1);
-      STAMP(5);
-      if (has_row) {
-        x.load(b, modulation, modulation + 3 * WIDTH);
-        if (b.thread == 0) b.await(SUMS_1, BLOCKS);
-        x.add(b, set + OUT, row);
-        x.norm(b, sums, y);
-        publish(set + X2, row, 4 * b.thread, y, INVERSE(z));
-        b.publish(ROWS_2);
-      }
-      STAMP(6);
-      geglu(b, set, ALPHA(z), INVERSE(w));
-      STAMP(7);
-      product<64, 8, DOWN_UNITS>(result, b, set + HIDDEN + k * DOWN_UNITS * 128 * ROWS, GATED + k,
-                                 BLOCKS / K_SPLITS);
-      publish_partial(result, b, set + DOWN, ALPHA(w));
-      b.publish(SUMS_2);
-      STAMP(8);
     }
     if (has_row) {
       const float* last = modulations + (NORMS - 1) * 3 * WIDTH;
@@ -653,11 +641,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_steps(
     const float* cos, const float* sin, const float* modulations, const float* target,
     const float* weights, const float* gains, const float* weight_in, const float* bias_in,
     const float* weight_out, const float* bias_out, const float* input_scales,
-    const float* weight_scales
-#ifdef STAMPS
-    , long long* stamps
-#endif
-) {
+    const float* weight_scales) {
   extern __shared__ __align__(1024) char memory[];
   const Arguments a{stream, sets, counters, actions, keys, values, capacity, prefix_count, decided,
                     cos, sin, modulations, target, weights, gains, weight_in, bias_in, weight_out,
@@ -692,11 +676,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_steps(
     b.row = 16 * b.warp + b.lane / 4;
     b.prefix = *prefix_count;
     float* sums = reinterpret_cast<float*>(memory + SUMS);
-    compute(a, b, sums, reinterpret_cast<float*>(memory + ACTIONS)
-#ifdef STAMPS
-            , stamps
-#endif
-    );
+    compute(a, b, sums, reinterpret_cast<float*>(memory + ACTIONS));
   } else {
     fewer_registers<40>();
     if (thread == CONSUMERS) stream_weights(a, shared, block);
