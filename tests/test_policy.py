@@ -18,6 +18,10 @@ from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
 from halfpi.engine import EagerEngine
 from halfpi.model import Pi05
 from halfpi.policy import NANO, Policy, load_policy
+from halfpi.sim.demo import RECORDED_FRAMES
+from halfpi.sim.record import Frames
+from halfpi.sim.rendering import CAMERAS
+from halfpi.sim.tasks import select
 from halfpi.types import ActionChunk, Observation
 
 
@@ -202,3 +206,32 @@ def test_bf16_is_close_to_fp32(policy: Policy) -> None:
     assert narrow.engine.model.dtype == torch.bfloat16
     one, other = (p.infer(observation(), noise=noise()).normalized for p in (policy, narrow))
     assert 0 < np.abs(one - other).max() < 0.2
+
+
+def recorded_moments() -> list[Observation]:
+    """What nano's cameras see on the way to the object, in each precise task."""
+    frames = Frames.load(RECORDED_FRAMES)
+    return [
+        Observation(dict(zip(CAMERAS, images, strict=True)), state, task.instruction)
+        for images, state, task in zip(
+            frames.images, frames.states, select(["precise"]), strict=True
+        )
+    ]
+
+
+def test_nano_brings_the_scales_of_fp8_and_is_close_to_fp32() -> None:
+    wide, narrow, halved = (
+        load_policy("nano", device="cpu", precision=each) for each in ("fp32", "fp8", "bf16")
+    )
+    errors, least = [], []
+    for moment in recorded_moments():
+        expected, fp8, bf16 = (
+            each.infer(moment, noise=noise()).normalized for each in (wide, narrow, halved)
+        )
+        norm = np.linalg.norm(expected)
+        errors.append(np.linalg.norm(fp8 - expected) / norm)
+        least.append(np.linalg.norm(bf16 - expected) / norm)
+    assert len(errors) == 6
+    assert np.median(least) < np.median(errors) < 0.03
+    # Where the hand is about to close, a little decides whether it does so an action later.
+    assert max(errors) < 0.5

@@ -57,8 +57,8 @@ class Demo:
 class Eval:
     """Measure task success on held-out episodes, on all cores.
 
-    Several values of --num-steps or --execute make several settings, which play the same episodes
-    and are compared pair by pair.
+    Several values of --precision, --num-steps or --execute make several settings, which play the
+    same episodes and are compared pair by pair to the first.
     """
 
     tasks: tuple[str, ...] = ("all",)
@@ -71,7 +71,7 @@ class Eval:
     """Euler steps of a call."""
     execute: tuple[int, ...] = (8,)
     """Actions executed of each chunk before the next call."""
-    precision: Precision = "fp32"
+    precision: tuple[Precision, ...] = ("fp32",)
     """Of the arithmetic; fp8 needs scales beside the checkpoint."""
     backend: Backend = "eager"
     """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU."""

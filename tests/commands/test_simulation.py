@@ -56,6 +56,16 @@ def test_eval_prints_json_and_writes_it(
     assert played == [EvalConfig(num_steps=2), EvalConfig(num_steps=4)]
 
 
+def test_eval_compares_precisions_on_the_same_episodes(
+    halfpi: Halfpi, played: list[EvalConfig], capsys: Capture
+) -> None:
+    halfpi("eval", "--tasks", "push", "--episodes", 2, "--precision", "fp32", "fp8", "--json")
+    first, second = json.loads(capsys.readouterr().out)
+    assert played == [EvalConfig(precision="fp32"), EvalConfig(precision="fp8")]
+    assert "against_first" not in first
+    assert second["against_first"]["pairs"] == 2
+
+
 def test_eval_prints_tables(halfpi: Halfpi, played: list[EvalConfig], capsys: Capture) -> None:
     halfpi("eval", "--tasks", "push", "--episodes", 2, "--num-steps", 2, 4)
     text = capsys.readouterr().out

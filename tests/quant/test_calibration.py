@@ -48,10 +48,10 @@ def amplified(infer: Infer, linear: nn.Module, factors: Sequence[float]) -> Infe
 @pytest.mark.parametrize(
     ("site", "linear"),
     [
-        ("vision.layers.1.attn.qkv", "vision.layers.1.attn.v"),
+        ("vision.layers.1.mlp.fc1", "vision.layers.1.mlp.fc1"),
         ("vision.layers.0.mlp.fc2", "vision.layers.0.mlp.fc2"),
         ("prefix.layers.0.mlp.gate_up", "prefix.layers.0.mlp.up"),
-        ("prefix.layers.2.attn.kv", "prefix.layers.2.attn.v"),
+        ("prefix.layers.1.mlp.down", "prefix.layers.1.mlp.down"),
     ],
 )
 def test_a_scale_maps_the_largest_input_of_all_frames_to_448(
@@ -67,19 +67,26 @@ def test_a_scale_maps_the_largest_input_of_all_frames_to_448(
     assert [scale * 448 for scale in scales.sites[site].input] == pytest.approx([max(largest)])
 
 
+@pytest.mark.parametrize(
+    ("site", "linear"),
+    [
+        ("expert.layers.0.attn.qkv", "expert.layers.0.attn.v"),
+        ("expert.layers.2.mlp.down", "expert.layers.2.mlp.down"),
+    ],
+)
 def test_the_expert_has_the_scale_of_each_step(
-    model: Pi05, policy: Policy, observations: list[Observation], scales: Scales
+    model: Pi05,
+    policy: Policy,
+    observations: list[Observation],
+    scales: Scales,
+    site: str,
+    linear: str,
 ) -> None:
     policy.reseed(0)  # the noise that calibration saw
-    largest = largest_inputs(
-        model,
-        "expert.layers.2.mlp.down",
-        lambda: [policy.infer(each) for each in observations],
-    )
+    largest = largest_inputs(model, linear, lambda: [policy.infer(each) for each in observations])
     by_step = [max(largest[step::4]) for step in range(4)]
     assert len(set(by_step)) == 4
-    found = scales.sites["expert.layers.2.mlp.down"].input
-    assert [scale * 448 for scale in found] == pytest.approx(by_step)
+    assert [scale * 448 for scale in scales.sites[site].input] == pytest.approx(by_step)
 
 
 def test_the_weight_scale_is_of_the_packed_weight(model: Pi05, scales: Scales) -> None:
@@ -115,7 +122,7 @@ def test_frames_that_disagree_are_warned_about_by_site(
 ) -> None:
     down = model.get_submodule("prefix.layers.1.mlp.down")
     infer = amplified(policy.infer, down, (1.0, 1.0, 6.0))
-    with pytest.warns(DispersionWarning, match=r"of 29 sites .*: prefix\.layers\.1\.mlp\.down ×6"):
+    with pytest.warns(DispersionWarning, match=r"of 20 sites .*: prefix\.layers\.1\.mlp\.down ×6"):
         calibrate(model, infer, observations[:1] * 3)
 
 
@@ -143,14 +150,14 @@ def test_the_number_of_steps_must_not_change(
 def test_the_whole_model_must_run(
     model: Pi05, policy: Policy, observations: list[Observation]
 ) -> None:
-    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.attn\.qkv 0 times"):
+    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.mlp\.fc1 0 times"):
         calibrate(model, lambda _: None, observations)
 
     def infer_twice(observation: Observation) -> None:
         policy.infer(observation)
         policy.infer(observation)
 
-    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.attn\.qkv 2 times"):
+    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.mlp\.fc1 2 times"):
         calibrate(model, infer_twice, observations)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfpi.config import Pi05Config
@@ -28,6 +29,7 @@ from halfpi.quant import (
     quantised_sites,
 )
 from halfpi.quant.fake import FakeQuantLinear
+from halfpi.quant.sites import matrix_products
 from halfpi.types import Observation
 
 STEPS = 4
@@ -75,6 +77,21 @@ def test_every_site_is_quantised_and_nothing_else(model: Pi05, scales: Scales) -
     assert replaced == listed
     assert fake.dtype == torch.bfloat16
     assert fake.expert.norm.dense.weight.dtype == torch.float32
+
+
+def test_products_that_are_not_quantised_are_those_of_bf16(model: Pi05, scales: Scales) -> None:
+    narrow = copy.deepcopy(model).to_dtype(torch.bfloat16)
+    fake = FakeQuantPi05(model, scales)
+    wide = set(matrix_products(model.config)) - set(quantised_sites(model.config))
+    assert {site.stage for site in wide} == {"vision", "prefill"}
+    for site in wide:
+        for name, layer, expected in zip(
+            site.linears, site.layers(fake), site.layers(narrow), strict=True
+        ):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(3, layer.in_features, generator=generator).to(torch.bfloat16)
+            assert type(layer) is nn.Linear, name
+            assert torch.equal(layer(x), expected(x)), name
 
 
 def test_the_model_stays_as_it_is(
@@ -157,7 +174,7 @@ def test_another_number_of_steps_is_refused(
 
 def test_scales_of_another_model_are_refused(tiny_config: Pi05Config, scales: Scales) -> None:
     other = random_model(dataclasses.replace(tiny_config, vision_depth=3))
-    with pytest.raises(ValueError, match=r"missing: vision\.layers\.2\.attn\.qkv"):
+    with pytest.raises(ValueError, match=r"missing: vision\.layers\.2\.mlp\.fc1"):
         FakeQuantPi05(other, scales)
 
 

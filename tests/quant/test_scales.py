@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,12 @@ def test_scales_outlive_a_conversion_that_keeps_the_weights(
             "unexpected: x",
         ),
         (
-            lambda data: data["sites"]["vision.layers.0.attn.o"].update(weight=-1.0),
-            r"wrong: vision\.layers\.0\.attn\.o",
+            lambda data: data["sites"]["vision.layers.0.mlp.fc1"].update(weight=-1.0),
+            r"wrong: vision\.layers\.0\.mlp\.fc1",
         ),
         (
-            lambda data: data["sites"]["vision.layers.0.attn.o"].update(input=["1"]),
-            r"vision\.layers\.0\.attn\.o: 'input' must be of type float, got '1'",
+            lambda data: data["sites"]["vision.layers.0.mlp.fc1"].update(input=["1"]),
+            r"vision\.layers\.0\.mlp\.fc1: 'input' must be of type float, got '1'",
         ),
         (
             lambda data: data["sites"]["expert.layers.0.attn.o"]["input"].pop(),
@@ -114,9 +115,12 @@ def test_a_truncated_file_is_refused(checkpoint: Checkpoint, scales: Scales) -> 
         load_scales(checkpoint)
 
 
-def test_scales_of_another_model_are_not_saved(checkpoint: Checkpoint, scales: Scales) -> None:
-    sites = dict(scales.sites) | {"vision.layers.9.attn.o": SiteScales(1.0, (1.0,))}
-    with pytest.raises(ValueError, match=r"unexpected: vision\.layers\.9\.attn\.o"):
+@pytest.mark.parametrize("name", ["vision.layers.9.mlp.fc1", "vision.layers.0.attn.o"])
+def test_scales_of_sites_that_the_model_lacks_are_not_saved(
+    checkpoint: Checkpoint, scales: Scales, name: str
+) -> None:
+    sites = dict(scales.sites) | {name: SiteScales(1.0, (1.0,))}
+    with pytest.raises(ValueError, match=f"unexpected: {re.escape(name)}"):
         save_scales(dataclasses.replace(scales, sites=sites), checkpoint)
     assert not (checkpoint.path / SCALES).exists()
 

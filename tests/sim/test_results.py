@@ -18,6 +18,7 @@ from halfpi.sim.results import (
     save_summaries,
     speed_table,
     success_table,
+    summaries,
 )
 from halfpi.types import StageTimes
 
@@ -59,6 +60,8 @@ def test_a_summary_holds_the_figures_of_every_task() -> None:
     assert (push["successes"], push["episodes"], push["median_steps"]) == (1, 2, 40.0)
     assert push["action_error"] == pytest.approx(0.15)
     assert push["prompt"] == "do push"
+    assert (summary["all"]["successes"], summary["all"]["episodes"]) == (3, 4)
+    assert summary["all"]["interval"] == FIRST.success().interval
     assert push["interval"] == pytest.approx((0.0945, 0.9055), abs=1e-4)
 
 
@@ -80,6 +83,16 @@ def test_settings_are_compared_episode_by_episode() -> None:
         other.against(FIRST)
 
 
+def test_summaries_compare_every_setting_to_the_first() -> None:
+    first, second = summaries([FIRST, SECOND])
+    assert first == FIRST.summary()
+    paired = second.pop("against_first")
+    assert second == SECOND.summary()
+    assert (paired["only_first"], paired["only_second"], paired["pairs"]) == (2, 1, 4)
+    assert paired["difference"] == -0.25
+    assert paired["interval"] == SECOND.against(FIRST).interval
+
+
 def test_tables_show_what_the_summary_says() -> None:
     text = text_of(success_table(FIRST))
     for cell in ("door-open", "2/2", "1/2", "0.150", "75.0 %", "50.0 %", "mean, precise"):
@@ -88,7 +101,10 @@ def test_tables_show_what_the_summary_says() -> None:
     speed = text_of(speed_table(FIRST))
     (push,) = (line.split() for line in speed.splitlines() if line.split()[:1] == ["push"])
     assert push == ["push", "1/2", "40", "200", "1.0", "12.0", "3.0", "4.0", "20.0"]
-    comparison = text_of(comparison_table([FIRST, SECOND]))
+    narrow = Setting(dataclasses.replace(SECOND.config, precision="fp8"), SECOND.episodes)
+    comparison = text_of(comparison_table([FIRST, narrow]))
+    assert "fp32" in comparison
+    assert "fp8" in comparison
     assert "-25.0" in comparison
     assert "75.0 %" in comparison
 

@@ -18,7 +18,14 @@ from halfpi.sim import demo as sim_demo
 from halfpi.sim.evaluate import Episode, EvalConfig
 from halfpi.sim.evaluate import evaluate as play_all
 from halfpi.sim.rendering import RenderingUnavailableError
-from halfpi.sim.results import Setting, comparison_table, save_summaries, speed_table, success_table
+from halfpi.sim.results import (
+    Setting,
+    comparison_table,
+    save_summaries,
+    speed_table,
+    success_table,
+    summaries,
+)
 from halfpi.sim.tasks import SHARED_SCENE, TASKS, select
 
 if TYPE_CHECKING:
@@ -87,12 +94,13 @@ def evaluate(options: Eval) -> None:
     if not tasks or options.episodes < 1:
         raise ValueError("nothing to evaluate: no task that shares a scene, or no episodes")
     settings = []
-    for num_steps, execute in itertools.product(options.num_steps, options.execute):
+    choices = itertools.product(options.precision, options.num_steps, options.execute)
+    for precision, num_steps, execute in choices:
         config = EvalConfig(
-            options.policy, num_steps, execute, precision=options.precision, backend=options.backend
+            options.policy, num_steps, execute, precision=precision, backend=options.backend
         )
         played = play_all(tasks, options.episodes, config, prompts, options.workers)
-        name = f"{num_steps} steps, {execute} actions a call"
+        name = f"{precision}, {num_steps} steps, {execute} actions a call"
         episodes = track(played, name, len(tasks) * options.episodes)
         settings.append(Setting(config, _sorted(episodes)))
     _report(settings, options.json, options.output)
@@ -106,7 +114,7 @@ def _report(settings: list[Setting], as_json: bool, path: Path | None) -> None:
     if path is not None:
         save_summaries(settings, path)
     if as_json:
-        print_json([setting.summary() for setting in settings])
+        print_json(summaries(settings))
         return
     for setting in settings:
         output.print(success_table(setting))

@@ -8,11 +8,17 @@ expert and the prefix's keys and values anew, unless they all fit into the L2.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 from halfpi.config import Pi05Config
-from halfpi.perf.cases import Case
+from halfpi.model import Pi05
+from halfpi.perf.cases import STAGES, Case
 from halfpi.perf.devices import Device, NoFloorError
+from halfpi.quant.sites import Site, matrix_products, quantised_sites
 
 # Bytes an element: of 16-bit tensors, and of the weights of quantised layers by precision.
 _WIDE = 2
@@ -64,8 +70,8 @@ def floors(device: Device, config: Pi05Config, case: Case) -> dict[str, float]:
 def stage_costs(config: Pi05Config, case: Case) -> dict[str, Cost]:
     """The necessary work of vision, prefill and denoise.
 
-    The layers that count as quantised are those of `halfpi.quant.sites`. Raises NoFloorError for a
-    precision without rates.
+    The products that count as quantised are `quantised_sites`. Raises NoFloorError for a precision
+    without rates.
     """
     if case.precision not in _WEIGHT_BYTES:
         known = ", ".join(_WEIGHT_BYTES)
@@ -81,49 +87,57 @@ def stage_costs(config: Pi05Config, case: Case) -> dict[str, Cost]:
 def _vision(config: Pi05Config, case: Case) -> Cost:
     width, tokens = config.vision_width, config.tokens_per_image
     rows = case.cameras * tokens
-    blocks = config.vision_depth * width * (4 * width + 2 * config.vision_mlp)
-    ends = 3 * config.patch_size**2 * width + width * config.prefix_width
+    blocks, wide = _layer_weights(config)["vision"]
+    wide += 3 * config.patch_size**2 * width + width * config.prefix_width
     attention = config.vision_depth * 4 * rows * tokens * width
     pixels = case.cameras * 3 * config.image_size**2
     return Cost(
         narrow_flops=2 * rows * blocks,
-        wide_flops=2 * rows * ends + attention,
-        weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + ends * _WIDE,
+        wide_flops=2 * rows * wide + attention,
+        weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + wide * _WIDE,
         other_bytes=pixels + rows * config.prefix_width * _WIDE,
     )
 
 
 def _prefill(config: Pi05Config, case: Case, prefix: int) -> Cost:
     layers = config.depth - 1  # the last one ends at keys and values
-    key_value = 2 * config.prefix_width * config.kv_heads * config.head_dim
-    blocks = layers * _gemma_block(config, config.prefix_width, config.prefix_mlp) + key_value
+    blocks, wide = _layer_weights(config)["prefill"]
     attention = layers * 4 * config.q_heads * config.head_dim * prefix * prefix
     return Cost(
         narrow_flops=2 * prefix * blocks,
-        wide_flops=attention,
-        weight_bytes=blocks * _WEIGHT_BYTES[case.precision],
+        wide_flops=2 * prefix * wide + attention,
+        weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + wide * _WIDE,
         other_bytes=prefix * config.prefix_width * _WIDE + _cache_bytes(config, prefix),
     )
 
 
 def _denoise(config: Pi05Config, case: Case, prefix: int) -> Cost:
     rows = case.horizon
-    blocks = config.depth * _gemma_block(config, config.expert_width, config.expert_mlp)
-    ends = 2 * config.action_dim * config.expert_width
+    blocks, wide = _layer_weights(config)["denoise"]
+    wide += 2 * config.action_dim * config.expert_width
     attention = config.depth * 4 * config.q_heads * config.head_dim * rows * (prefix + rows)
     return Cost(
         narrow_flops=case.steps * 2 * rows * blocks,
-        wide_flops=case.steps * (2 * rows * ends + attention),
-        weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + ends * _WIDE,
+        wide_flops=case.steps * (2 * rows * wide + attention),
+        weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + wide * _WIDE,
         other_bytes=_cache_bytes(config, prefix),
         passes=case.steps,
     )
 
 
-def _gemma_block(config: Pi05Config, width: int, hidden: int) -> int:
-    """Weights of one layer: q and o, k and v, gate, up and down."""
-    heads = 2 * config.q_heads + 2 * config.kv_heads
-    return width * (heads * config.head_dim + 3 * hidden)
+@cache
+def _layer_weights(config: Pi05Config) -> Mapping[str, tuple[int, int]]:
+    """Stage → how many weights its layers' products have: those that are quantised, the others."""
+    with torch.device("meta"):
+        model = Pi05(config)
+    quantised = set(quantised_sites(config))
+    others = set(matrix_products(config)) - quantised
+
+    def count(sites: Collection[Site], stage: str) -> int:
+        layers = (layer for site in sites if site.stage == stage for layer in site.layers(model))
+        return sum(layer.weight.numel() for layer in layers)
+
+    return {stage: (count(quantised, stage), count(others, stage)) for stage in STAGES}
 
 
 def _cache_bytes(config: Pi05Config, prefix: int) -> int:

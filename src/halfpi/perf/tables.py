@@ -66,10 +66,9 @@ def render(
 ) -> str:
     """`text` with every table made anew. Raises TableError naming the marker that is wrong."""
     tables = {name: partial(make, records) for name, make in TABLES.items()}
-    tables |= {
-        f"success-{name}": partial(_success, settings)
-        for name, settings in (successes or {}).items()
-    }
+    for name, settings in (successes or {}).items():
+        tables[f"success-{name}"] = partial(_success, settings)
+        tables[f"settings-{name}"] = partial(_settings, settings)
     tables |= {name: partial(_run_table, name, (runs or {}).get(name, ())) for name in RUN_TABLES}
     markers = list(_MARKER.finditer(text))
     parts, reached = [], 0
@@ -185,6 +184,29 @@ def _run_table(name: str, records: Sequence[Mapping[str, Any]]) -> str:
 
 def _read_successes(directory: Path) -> Successes:
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+
+
+def _settings(settings: Sequence[Mapping[str, Any]]) -> str:
+    """Success of every setting over all episodes, and its paired difference to the first."""
+    rows = []
+    for setting in settings:
+        config, success = setting["config"], setting["all"]
+        paired = setting.get("against_first")
+        rows.append(
+            (
+                *(str(config[field]) for field in ("precision", "num_steps", "execute")),
+                f"{success['successes']}/{success['episodes']}",
+                "{:.1f}–{:.1f} %".format(*(100 * bound for bound in success["interval"])),
+                *(("–", "–") if paired is None else _difference_cells(paired)),
+            )
+        )
+    columns = ("precision", "steps", "actions a call", "success", "95 %", "difference", "95 %")
+    return _table(columns, rows)
+
+
+def _difference_cells(paired: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = (100 * bound for bound in paired["interval"])
+    return f"{100 * paired['difference']:+.1f} points", f"{low:+.1f} to {high:+.1f}"
 
 
 def _success(settings: Sequence[Mapping[str, Any]]) -> str:

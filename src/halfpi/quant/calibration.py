@@ -72,8 +72,8 @@ def calibrate(
         percentile=percentile,
         sites={
             site.name: SiteScales(
-                weight=weight_scale(model, site),
-                input=tuple(scale_for(largest) for largest in inputs[site.name].tolist()),
+                weight=_rounded(weight_scale(model, site)),
+                input=tuple(_rounded(scale_for(each)) for each in inputs[site.name].tolist()),
             )
             for site in sites
         },
@@ -84,6 +84,11 @@ def weight_scale(model: nn.Module, site: Site) -> float:
     """The scale of the packed weight of `site`."""
     weights = (linear.weight.detach() for linear in site.layers(model))
     return scale_for(max(float(weight.abs().amax()) for weight in weights))
+
+
+def _rounded(scale: float) -> float:
+    """`scale` to seven digits, as many as fp32 has: more would only make the file larger."""
+    return float(f"{scale:.6e}")
 
 
 @contextmanager

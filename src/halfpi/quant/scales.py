@@ -80,7 +80,7 @@ def save_scales(scales: Scales, checkpoint: Checkpoint) -> Path:
     """
     scales.check(checkpoint.config)
     data = {"version": _VERSION, "weights": weights_hash(checkpoint), **asdict(scales)}
-    path, text = checkpoint.path / SCALES, json.dumps(data, indent=1, allow_nan=False)
+    path, text = checkpoint.path / SCALES, json.dumps(data, allow_nan=False)
     try:
         with atomic_write(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

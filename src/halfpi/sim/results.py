@@ -58,18 +58,24 @@ class Setting:
             "config": dataclasses.asdict(self.config),
             "means": {name: self.mean_success(tasks) for name, tasks in _groups(self).items()},
             "median_ms": {stage: self.median_ms(stage) for stage in (*STAGES, "total_ms")},
+            "all": self._success_summary(self.tasks),
             "tasks": {task: self._task_summary(task) for task in self.tasks},
+        }
+
+    def _success_summary(self, tasks: Sequence[str]) -> dict[str, Any]:
+        success = self.success(tasks)
+        return {
+            "successes": success.successes,
+            "episodes": success.trials,
+            "interval": success.interval,
         }
 
     def _task_summary(self, task: str) -> dict[str, Any]:
         episodes = [episode for episode in self.episodes if episode.task == task]
         solved = [episode.steps for episode in episodes if episode.success]
-        success = self.success([task])
         return {
             "prompt": episodes[0].prompt,
-            "successes": success.successes,
-            "episodes": success.trials,
-            "interval": success.interval,
+            **self._success_summary([task]),
             "median_steps": float(np.median(solved)) if solved else None,
             "action_error": float(np.mean([episode.action_error for episode in episodes])),
         }
@@ -137,12 +143,14 @@ def _steps(row: Mapping[str, Any]) -> str:
 def comparison_table(settings: Sequence[Setting]) -> Table:
     """Every setting's success, and its paired difference to the first."""
     table = Table(title="settings, paired by episode")
-    for name in ("steps", "actions a call", "success", "95 %", "difference", "95 %", "call ms"):
+    what = ("precision", "steps", "actions a call")
+    for name in (*what, "success", "95 %", "difference", "95 %", "call ms"):
         table.add_column(name, justify="right")
     for setting in settings:
         success, paired = setting.success(), setting.against(settings[0])
         low, high = paired.interval
         table.add_row(
+            setting.config.precision,
             str(setting.config.num_steps),
             str(setting.config.execute),
             f"{100 * success.rate:.1f} %",
@@ -154,10 +162,28 @@ def comparison_table(settings: Sequence[Setting]) -> Table:
     return table
 
 
+def summaries(settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """JSON-ready figures of each setting, behind the first with the paired difference to it."""
+    first, *others = settings
+    paired = [
+        {**setting.summary(), "against_first": _difference(setting.against(first))}
+        for setting in others
+    ]
+    return [first.summary(), *paired]
+
+
+def _difference(paired: PairedDifference) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(paired),
+        "difference": paired.difference,
+        "interval": paired.interval,
+    }
+
+
 def save_summaries(settings: Sequence[Setting], path: Path) -> None:
-    """Write the summaries as JSON; the file appears whole or not at all."""
+    """Write `summaries` as JSON; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([setting.summary() for setting in settings], indent=1)
+    text = json.dumps(summaries(settings), indent=1)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n")
 
