@@ -81,14 +81,15 @@ def stage_costs(config: Pi05Config, case: Case) -> dict[str, Cost]:
 def _vision(config: Pi05Config, case: Case) -> Cost:
     width, tokens = config.vision_width, config.tokens_per_image
     rows = case.cameras * tokens
-    blocks = config.vision_depth * width * (4 * width + 2 * config.vision_mlp)
+    narrow = config.vision_depth * width * 2 * config.vision_mlp
     ends = 3 * config.patch_size**2 * width + width * config.prefix_width
+    wide = config.vision_depth * width * 4 * width + ends
     attention = config.vision_depth * 4 * rows * tokens * width
     pixels = case.cameras * 3 * config.image_size**2
     return Cost(
-        narrow_flops=2 * rows * blocks,
-        wide_flops=2 * rows * ends + attention,
-        weight_bytes=blocks * _WEIGHT_BYTES[case.precision] + ends * _WIDE,
+        narrow_flops=2 * rows * narrow,
+        wide_flops=2 * rows * wide + attention,
+        weight_bytes=narrow * _WEIGHT_BYTES[case.precision] + wide * _WIDE,
         other_bytes=pixels + rows * config.prefix_width * _WIDE,
     )
 
@@ -96,20 +97,21 @@ def _vision(config: Pi05Config, case: Case) -> Cost:
 def _prefill(config: Pi05Config, case: Case, prefix: int) -> Cost:
     layers = config.depth - 1  # the last one ends at keys and values
     key_value = 2 * config.prefix_width * config.kv_heads * config.head_dim
-    blocks = layers * _gemma_block(config, config.prefix_width, config.prefix_mlp) + key_value
+    narrow = layers * 3 * config.prefix_width * config.prefix_mlp
+    wide = layers * _projections(config, config.prefix_width) + key_value
     attention = layers * 4 * config.q_heads * config.head_dim * prefix * prefix
     return Cost(
-        narrow_flops=2 * prefix * blocks,
-        wide_flops=attention,
-        weight_bytes=blocks * _WEIGHT_BYTES[case.precision],
+        narrow_flops=2 * prefix * narrow,
+        wide_flops=2 * prefix * wide + attention,
+        weight_bytes=narrow * _WEIGHT_BYTES[case.precision] + wide * _WIDE,
         other_bytes=prefix * config.prefix_width * _WIDE + _cache_bytes(config, prefix),
     )
 
 
 def _denoise(config: Pi05Config, case: Case, prefix: int) -> Cost:
-    rows = case.horizon
-    blocks = config.depth * _gemma_block(config, config.expert_width, config.expert_mlp)
-    ends = 2 * config.action_dim * config.expert_width
+    rows, width = case.horizon, config.expert_width
+    blocks = config.depth * (_projections(config, width) + 3 * width * config.expert_mlp)
+    ends = 2 * config.action_dim * width
     attention = config.depth * 4 * config.q_heads * config.head_dim * rows * (prefix + rows)
     return Cost(
         narrow_flops=case.steps * 2 * rows * blocks,
@@ -120,10 +122,9 @@ def _denoise(config: Pi05Config, case: Case, prefix: int) -> Cost:
     )
 
 
-def _gemma_block(config: Pi05Config, width: int, hidden: int) -> int:
-    """Weights of one layer: q and o, k and v, gate, up and down."""
-    heads = 2 * config.q_heads + 2 * config.kv_heads
-    return width * (heads * config.head_dim + 3 * hidden)
+def _projections(config: Pi05Config, width: int) -> int:
+    """Weights of one layer's attention: q and o, k and v."""
+    return width * (2 * config.q_heads + 2 * config.kv_heads) * config.head_dim
 
 
 def _cache_bytes(config: Pi05Config, prefix: int) -> int:
