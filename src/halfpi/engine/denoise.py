@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
-from halfpi.engine.operations import Operations
-from halfpi.engine.packing import ExpertLayer, ExpertWeights, Matrix
+from halfpi.engine.operations import Operations, Pending
+from halfpi.engine.packing import ExpertLayer, ExpertWeights
 from halfpi.engine.prefill import Cache
 from halfpi.model import Pi05
 
@@ -84,13 +84,11 @@ class DenoiseStage:
     def _step(self, step: int, time: float, size: float, modulations: Tensor) -> None:
         ops, inputs, weights = self._ops, self._inputs, self._weights
         ops.linear(inputs.actions, weights.action_in, self._residual)
-        pending: dict[str, Tensor | None] = {}
+        gated = None
         for index, layer in enumerate(weights.layers):
-            pending = self._layer(index, _at(layer, step), modulations, pending)
-        ops.ada_rms_norm(
-            self._residual, modulations[:, -1], self._final, None,
-            decided=inputs.decided, **pending,
-        )  # fmt: skip
+            gated = self._layer(index, _at(layer, step), modulations, gated)
+        last = modulations[:, -1]
+        ops.ada_rms_norm(self._residual, last, self._final, None, inputs.decided, gated)
         ops.euler(
             self._final,
             weight=weights.action_out.weight,
@@ -105,14 +103,26 @@ class DenoiseStage:
         )
 
     def _layer(
-        self, index: int, layer: ExpertLayer, modulations: Tensor, pending: dict[str, Tensor | None]
-    ) -> dict[str, Tensor | None]:
-        """One block; `pending` is the output of the one before, which its first norm adds."""
-        ops, inputs, cache = self._ops, self._inputs, self._cache
+        self,
+        index: int,
+        layer: ExpertLayer,
+        modulations: Tensor,
+        gated: tuple[Pending, Tensor] | None,
+    ) -> tuple[Pending, Tensor]:
+        """One block; `gated` is the output of the one before, which its first norm adds."""
+        ops, decided, residual = self._ops, self._inputs.decided, self._residual
         first, second = modulations[:, 2 * index], modulations[:, 2 * index + 1]
+        ops.ada_rms_norm(residual, first, self._normed, layer.qkv, decided, gated)
+        self._attention(index, layer)
+        attended = ops.split_linear(self._mixed.flatten(1), layer.out)
+        gated = (attended, self._gate(first))
+        ops.ada_rms_norm(residual, second, self._normed, layer.gate_up, decided, gated)
+        ops.geglu(self._normed, layer.gate_up, self._hidden, layer.down)
+        return ops.split_linear(self._hidden, layer.down), self._gate(second)
+
+    def _attention(self, index: int, layer: ExpertLayer) -> None:
+        ops, inputs, cache = self._ops, self._inputs, self._cache
         keys, values = cache.keys[index], cache.values[index]
-        decided = inputs.decided
-        ops.ada_rms_norm(self._residual, first, self._normed, layer.qkv, decided=decided, **pending)
         ops.qkv_rope(
             self._normed, layer.qkv, self._query, keys, values, cache.cos, cache.sin,
             offset=inputs.prefix_count,
@@ -121,21 +131,9 @@ class DenoiseStage:
             self._query[None], keys[None], values[None], self._mixed[None], layer.out,
             key_count=inputs.key_count,
         )  # fmt: skip
-        attended = self._pending(self._mixed.flatten(1), layer.out, first)
-        ops.ada_rms_norm(
-            self._residual, second, self._normed, layer.gate_up, decided=decided, **attended
-        )
-        ops.geglu(self._normed, layer.gate_up, self._hidden, layer.down)
-        return self._pending(self._hidden, layer.down, second)
 
-    def _pending(self, x: Tensor, matrix: Matrix, modulation: Tensor) -> dict[str, Tensor | None]:
-        """A block's output as partial products, and what the next norm needs to add them."""
-        gate = modulation[:, 2 * self._config.expert_width :]
-        return {
-            "partials": self._ops.split_linear(x, matrix),
-            "gate": gate,
-            "alpha": matrix.alpha,
-        }
+    def _gate(self, modulation: Tensor) -> Tensor:
+        return modulation[:, 2 * self._config.expert_width :]
 
 
 def _at(layer: ExpertLayer, step: int) -> ExpertLayer:

@@ -91,16 +91,16 @@ class EagerEngine:
         places = inputs.image_mask.any(0)
         length = int(inputs.token_mask.sum(1).max())
         with self._timed("vision_ms", times):
-            image_tokens = self._vision(to_model(inputs.images[:, places].to(self.device)))
+            image_tokens = self.vision(to_model(inputs.images[:, places].to(self.device)))
         with self._timed("prefill_ms", times):
-            cache = self._prefill(
+            cache = self.prefill(
                 image_tokens,
                 inputs.image_mask[:, places].to(self.device),
                 inputs.tokens[:, :length].to(self.device),
                 inputs.token_mask[:, :length].to(self.device),
             )
         with self._timed("denoise_ms", times):
-            actions = self._denoise(
+            actions = self.denoise(
                 cache,
                 noise.to(self.device),
                 num_steps,

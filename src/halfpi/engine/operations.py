@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from halfpi.kernels.rms_norm import rms_norm
 from halfpi.kernels.split_linear import split_linear
 
 
+@dataclass(frozen=True)
+class Pending:
+    """Partial products (splits, m, n) of `matrix`, which the next norm adds to the residual."""
+
+    partials: Tensor
+    matrix: Matrix
+
+
 class Operations:
     """Enqueues kernels on one device; every call writes into tensors that it is given.
 
@@ -29,9 +38,8 @@ class Operations:
     matrix the output is quantised by that matrix's input scale.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._launches = Launches(device)
+    def __init__(self, device: torch.device, working: torch.dtype) -> None:
+        self._launches = Launches(device, working)
 
     def patchify(self, images: Tensor, patch: int, out: Tensor) -> None:
         """Rows of patches of `images` (n, h, w, c)."""
@@ -41,29 +49,60 @@ class Operations:
         """Token embeddings into rows of `out`."""
         embed(tokens, table, out, self._launches.row(out.shape[1]), **places)
 
-    def layer_norm(self, x: Tensor, norm: LayerNormWeights, out: Tensor, reader: Matrix) -> None:
-        """LayerNorm of `x` (m, d)."""
+    def layer_norm(
+        self,
+        x: Tensor,
+        norm: LayerNormWeights,
+        out: Tensor,
+        reader: Matrix,
+        pending: Pending | None = None,
+    ) -> None:
+        """LayerNorm of `x` (m, d), to which what is `pending` is added first."""
+        update: dict[str, Any] = {}
+        if pending is not None:
+            update = {**_update(pending), "partials_bias": pending.matrix.bias}
         launch = self._launches.row(x.shape[1])
-        layer_norm(x, norm.weight, norm.bias, out, launch, scale=reader.input_scale)
+        layer_norm(x, norm.weight, norm.bias, out, launch, scale=reader.input_scale, **update)
 
-    def rms_norm(self, x: Tensor, gain: Tensor, out: Tensor, reader: Matrix, count: Tensor) -> None:
-        """RMSNorm of `x` (m, d)."""
+    def rms_norm(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        out: Tensor,
+        reader: Matrix,
+        count: Tensor,
+        pending: Pending | None = None,
+    ) -> None:
+        """RMSNorm of `x` (m, d), to which what is `pending` is added first."""
         launch = self._launches.row(x.shape[1])
-        rms_norm(x, gain, out, launch, scale=reader.input_scale, count=count)
+        update = {} if pending is None else _update(pending)
+        rms_norm(x, gain, out, launch, scale=reader.input_scale, count=count, **update)
 
     def ada_rms_norm(
-        self, residual: Tensor, modulation: Tensor, out: Tensor, reader: Matrix | None, **rest: Any
+        self,
+        residual: Tensor,
+        modulation: Tensor,
+        out: Tensor,
+        reader: Matrix | None,
+        decided: Tensor,
+        gated: tuple[Pending, Tensor] | None,
     ) -> None:
-        """What follows a block of the expert, and the modulated norm before the next."""
+        """The modulated norm of `residual` (m, d), to which what is pending is added first, gated.
+
+        modulation, gate: of free and of decided rows, (2, …). gated: pending, and its gate.
+        """
         launch = self._launches.row(residual.shape[1])
+        update: dict[str, Any] = {}
+        if gated is not None:
+            update = {**_update(gated[0]), "gate": gated[1]}
         scale = None if reader is None else reader.input_scale
-        ada_rms_norm(residual, modulation, out, launch, scale=scale, **rest)
+        ada_rms_norm(residual, modulation, out, launch, scale=scale, decided=decided, **update)
 
     def linear(
         self, x: Tensor, matrix: Matrix, out: Tensor, reader: Matrix | None = None, **rest: Any
     ) -> None:
         """`x` times `matrix`, with the epilogue in `rest`."""
-        launch = self._launches.linear(x, matrix.weight)
+        launch = self._launches.of("linear", x, out.dtype, **_sizes(x, matrix))
         linear(
             x, matrix.weight, out, launch,
             alpha=matrix.alpha, bias=matrix.bias,
@@ -75,7 +114,8 @@ class Operations:
         self, x: Tensor, matrix: Matrix, out: Tensor, reader: Matrix, count: Tensor | None = None
     ) -> None:
         """The wide half of a gated MLP."""
-        launch = self._launches.linear(x, matrix.weight)
+        sizes = {**_sizes(x, matrix), "n": out.shape[1]}
+        launch = self._launches.of("geglu", x, out.dtype, **sizes)
         geglu(
             x, matrix.weight, out, launch,
             alpha=matrix.alpha, scale=reader.input_scale, count=count,
@@ -87,36 +127,47 @@ class Operations:
         cos: Tensor, sin: Tensor, **rest: Tensor,
     ) -> None:  # fmt: skip
         """q, k and v, rotated, with k and v in the cache."""
-        launch = self._launches.linear(x, matrix.weight)
+        (s, kv, k), q = keys.shape, 0 if query is None else query.shape[1]
+        sizes = {"m": x.shape[0], "d": x.shape[1], "q": q, "kv": kv, "k": k, "s": s}
+        launch = self._launches.of("qkv_rope", x, keys.dtype, **sizes)
         qkv_rope(
             x, matrix.weight, cos, sin, query, keys, values, launch,
             alpha=matrix.alpha, partials=self._launches.partials(x, matrix.weight, launch), **rest,
         )  # fmt: skip
 
-    def split_linear(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """Partial products of `x` and `matrix`, fp32 (splits, m, n), for a norm that adds them."""
-        launch = self._launches.linear(x, matrix.weight)
+    def split_linear(self, x: Tensor, matrix: Matrix, count: Tensor | None = None) -> Pending:
+        """Partial products of `x` and `matrix`, for the norm that adds them."""
+        working = self._launches.working
+        launch = self._launches.of("split_linear", x, working, **_sizes(x, matrix))
         out = self._launches.workspace(launch.split_k, x.shape[0], matrix.weight.shape[0])
-        split_linear(x, matrix.weight, out, launch)
-        return out
+        split_linear(x, matrix.weight, out, launch, count=count)
+        return Pending(out, matrix)
 
     def attention(
         self, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, reader: Matrix,
-        **counts: Tensor,
+        **rest: Tensor | None,
     ) -> None:  # fmt: skip
         """Attention of `query` (b, t, q, k)."""
-        launch = self._launches.attention(query, keys)
+        sizes = dict(zip("btqk", query.shape, strict=True))
+        sizes |= {"s": keys.shape[1], "kv": keys.shape[2]}
+        launch = self._launches.of("attention", query, out.dtype, **sizes)
         workspace = {}
         if launch.splits > 1:
             shape = (launch.splits, *query.shape)
             workspace = {
                 "partials": self._launches.workspace(*shape),
-                "log_sums": self._launches.workspace(*shape[:-1]),
+                "log_sums": self._launches.workspace(*shape[:-1], dtype=torch.float32),
             }
-        attention(
-            query, keys, values, out, launch, scale=reader.input_scale, **workspace, **counts
-        )  # fmt: skip
+        attention(query, keys, values, out, launch, scale=reader.input_scale, **workspace, **rest)
 
     def euler(self, hidden: Tensor, **rest: Any) -> None:
         """The end of a denoising step, see `halfpi.kernels.euler`."""
         euler(hidden, **rest, launch=self._launches.row(hidden.shape[1]))
+
+
+def _update(pending: Pending) -> dict[str, Tensor | None]:
+    return {"partials": pending.partials, "alpha": pending.matrix.alpha}
+
+
+def _sizes(x: Tensor, matrix: Matrix) -> dict[str, int]:
+    return {"m": x.shape[0], "n": matrix.weight.shape[0], "k": x.shape[1]}

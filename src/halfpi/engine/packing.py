@@ -60,10 +60,15 @@ class LayerNormWeights:
 
 @dataclass(frozen=True)
 class VisionLayer:
-    """One SigLIP block."""
+    """One SigLIP block.
+
+    qkv has no bias: a query's, fp32 (q, k), is added where it is read, a key's cancels in the
+    softmax, and a value's adds up to a constant, which is in the bias of out.
+    """
 
     attn_norm: LayerNormWeights
     qkv: Matrix
+    query_bias: Tensor
     out: Matrix
     mlp_norm: LayerNormWeights
     fc1: Matrix
@@ -168,10 +173,14 @@ class Packer:
     def _vision_layer(self, index: int) -> VisionLayer:
         path = f"vision.layers.{index}"
         block = cast("VisionBlock", self._model.vision.layers[index])
+        attn, heads = block.attn, (self.config.vision_heads, self.config.vision_head_dim)
+        out = self._site(f"{path}.attn.o")
+        constant = self._wide(attn.o.weight) @ self._wide(attn.v.bias)
         return VisionLayer(
             attn_norm=self._layer_norm(block.attn_norm),
-            qkv=self._site(f"{path}.attn.qkv"),
-            out=self._site(f"{path}.attn.o"),
+            qkv=dataclasses.replace(self._site(f"{path}.attn.qkv"), bias=None),
+            query_bias=self._wide(attn.q.bias).view(heads),
+            out=dataclasses.replace(out, bias=self._wide(attn.o.bias) + constant),
             mlp_norm=self._layer_norm(block.mlp_norm),
             fc1=self._site(f"{path}.mlp.fc1"),
             fc2=self._site(f"{path}.mlp.fc2"),

@@ -52,7 +52,7 @@ def make_plan(
     began = time.perf_counter()
     sizes, working = model.config, _WORKING[config.precision]
     packer = Packer(model, device, working, scales)
-    operations = Operations(device)
+    operations = Operations(device, working)
     prefix_rows = config.max_cameras * sizes.tokens_per_image + config.max_prompt_tokens
     staging = Staging(_fields(sizes, config), device)
     embedded = torch.zeros(prefix_rows, sizes.prefix_width, dtype=working, device=device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
-from halfpi.engine.operations import Operations
+from halfpi.engine.operations import Operations, Pending
 from halfpi.engine.packing import Matrix, PrefixLayer, PrefixWeights
 from halfpi.model.attention import ROPE_BASE
 
@@ -89,34 +89,43 @@ class PrefillStage:
             self._tokens, weights.embed, self._embedded,
             offset=self._image_count, count=self._token_count,
         )  # fmt: skip
-        x, normed = self._embedded[:rows], self._attn_normed[:rows]
+        x, normed, pending = self._x[:rows], self._attn_normed[:rows], None
         for index, layer in enumerate(weights.layers):
-            self._layer(index, layer, x)
-            x = self._x[:rows]
+            pending = self._layer(index, layer, x, pending)
         last = len(weights.layers)
-        ops.rms_norm(x, weights.last_gain, normed, weights.last_kv, self._count)
+        source = x if weights.layers else self._embedded[:rows]
+        ops.rms_norm(source, weights.last_gain, normed, weights.last_kv, self._count, pending)
         ops.qkv_rope(normed, weights.last_kv, None, *self._cache_of(last), count=self._count)
 
-    def _layer(self, index: int, layer: PrefixLayer, x: Tensor) -> None:
+    def _layer(self, index: int, layer: PrefixLayer, x: Tensor, pending: Pending | None) -> Pending:
+        """One block; `pending` is the output of the one before, which its first norm adds."""
         ops, count, rows = self._ops, self._count, x.shape[0]
-        config, out = self._config, self._x[:rows]
         normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
-        query, mixed_heads = (
+        source = self._embedded[:rows] if index == 0 else x
+        ops.rms_norm(source, layer.attn_gain, normed, layer.qkv, count, pending)
+        self._attention(index, layer, normed)
+        attended = None
+        if index == 0:  # image tokens stay as they are, for calls that reuse them
+            ops.linear(mixed, layer.out, x, residual=source, count=count)
+        else:
+            attended = ops.split_linear(mixed, layer.out, count)
+        normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
+        ops.rms_norm(x, layer.mlp_gain, normed, layer.gate_up, count, attended)
+        ops.geglu(normed, layer.gate_up, hidden, layer.down, count)
+        return ops.split_linear(hidden, layer.down, count)
+
+    def _attention(self, index: int, layer: PrefixLayer, normed: Tensor) -> None:
+        config, count, rows = self._config, self._count, normed.shape[0]
+        query, mixed = (
             one[:rows].view(1, rows, config.q_heads, config.head_dim)
             for one in (self._query, self._mixed)
         )
         keys, values, *_ = places = self._cache_of(index)
-        ops.rms_norm(x, layer.attn_gain, normed, layer.qkv, count)
-        ops.qkv_rope(normed, layer.qkv, query[0], *places, count=count)
-        ops.attention(
-            query, keys[None, :rows], values[None, :rows], mixed_heads, layer.out,
+        self._ops.qkv_rope(normed, layer.qkv, query[0], *places, count=count)
+        self._ops.attention(
+            query, keys[None, :rows], values[None, :rows], mixed, layer.out,
             key_count=count, query_count=count,
         )  # fmt: skip
-        ops.linear(mixed, layer.out, out, residual=x, count=count)
-        normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
-        ops.rms_norm(out, layer.mlp_gain, normed, layer.gate_up, count)
-        ops.geglu(normed, layer.gate_up, hidden, layer.down, count)
-        ops.linear(hidden, layer.down, out, residual=out, count=count)
 
     def _cache_of(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cache = self._cache

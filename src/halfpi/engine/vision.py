@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
-from halfpi.engine.operations import Operations
+from halfpi.engine.operations import Operations, Pending
 from halfpi.engine.packing import Matrix, VisionLayer, VisionWeights
 
 
@@ -61,29 +61,32 @@ class VisionStage:
         x = self._x[:rows]
         ops.patchify(chosen, config.patch_size, self._patches[:rows])
         ops.linear(self._patches[:rows], weights.patch, x, residual=self._positions[:rows])
+        pending = None
         for layer in weights.layers:
-            self._layer(x, layer)
-        ops.layer_norm(x, weights.norm, self._final[:rows], weights.projector)
+            pending = self._layer(x, layer, pending)
+        ops.layer_norm(x, weights.norm, self._final[:rows], weights.projector, pending)
         begin = first * config.tokens_per_image
         ops.linear(self._final[:rows], weights.projector, self._prefix[begin : begin + rows])
 
-    def _layer(self, x: Tensor, layer: VisionLayer) -> None:
+    def _layer(self, x: Tensor, layer: VisionLayer, pending: Pending | None) -> Pending:
+        """One block; `pending` is the output of the one before, which its first norm adds."""
         ops, rows = self._ops, x.shape[0]
         normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
-        ops.layer_norm(x, layer.attn_norm, normed, layer.qkv)
+        ops.layer_norm(x, layer.attn_norm, normed, layer.qkv, pending)
         ops.linear(normed, layer.qkv, self._qkv[:rows])
-        self._attention(rows, layer.out)
-        ops.linear(mixed, layer.out, x, residual=x)
+        self._attention(rows, layer)
+        attended = ops.split_linear(mixed, layer.out)
         normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
-        ops.layer_norm(x, layer.mlp_norm, normed, layer.fc1)
+        ops.layer_norm(x, layer.mlp_norm, normed, layer.fc1, attended)
         ops.linear(normed, layer.fc1, hidden, layer.fc2, gelu=True)
-        ops.linear(hidden, layer.fc2, x, residual=x)
+        return ops.split_linear(hidden, layer.fc2)
 
-    def _attention(self, rows: int, reader: Matrix) -> None:
+    def _attention(self, rows: int, layer: VisionLayer) -> None:
         """Every image's tokens among themselves."""
         config = self._config
         heads = (config.vision_heads, config.vision_head_dim)
         tokens = config.tokens_per_image
         qkv = self._qkv[:rows].view(-1, tokens, 3, *heads)
+        query, keys, values = (qkv[:, :, part] for part in range(3))
         out = self._mixed[:rows].view(-1, tokens, *heads)
-        self._ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], out, reader)
+        self._ops.attention(query, keys, values, out, layer.out, bias=layer.query_bias)

@@ -120,17 +120,18 @@ def _attention_kernel(
             columns = tl.minimum(start + tl.arange(0, BLOCK_N), last - 1)
             fetch_rows(keys + columns * stride_ks * UNIT, 0, HEAD, HEAD)
             fetch_rows(values + columns * stride_vs * UNIT, 0, HEAD, HEAD)
-    begin(PDL)
-
     # A row is one query head of one token.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, q_head = rows // GROUP, head * GROUP + rows % GROUP
+    inside = token < query_total
+    if bias is not None:
+        summand = _load_heads(bias, q_head * HEAD, inside, HEAD, WIDTH)
+    begin(PDL)
+
     if tl.program_id(0) * BLOCK_M < query_total * GROUP:
-        inside = token < query_total
         q_rows = (batch * stride_qb + token * stride_qt + q_head * stride_qh) * UNIT
         q = _load_heads(query, q_rows, inside, HEAD, WIDTH)
         if bias is not None:
-            summand = _load_heads(bias, q_head * HEAD, inside, HEAD, WIDTH)
             q = (q.to(tl.float32) + summand).to(q.dtype)
         acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
         highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -334,6 +335,7 @@ def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
         (128, 64, 8, 2),
         (128, 128, 8, 2),
         (64, 128, 4, 2),
+        (128, 128, 8, 1),
     )
     pdl = device.is_hopper_or_newer
     return tuple(

@@ -80,7 +80,12 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
         for one in with_tma
         if _tiles(one, m, n) > (programs := device.multiprocessors * (_WARPS // one.num_warps))
     ]
-    return [*with_tma, *persistent, *plain[:2], TileLaunch(pdl=True, library=True)]
+    ahead = [
+        dataclasses.replace(one, ahead=one.num_stages)
+        for one in with_tma
+        if _tiles(one, m, n) <= 2 * device.multiprocessors
+    ]
+    return [*with_tma, *ahead, *persistent, *plain[:2], TileLaunch(pdl=True, library=True)]
 
 
 def _tiles(launch: TileLaunch, m: int, n: int) -> int:

@@ -67,7 +67,7 @@ def linear_reference(
 
 @triton.jit
 def _linear_kernel(
-    x, weight, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
+    x, weight, fetched, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
     GELU: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -76,7 +76,7 @@ def _linear_kernel(
     first = tl.program_id(0)
     col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
     valid, alpha, scale = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(scale, 1.0)
-    begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
+    begin_product(fetched, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)

@@ -74,7 +74,7 @@ def qkv_rope_reference(
 
 @triton.jit
 def _qkv_rope_kernel(
-    x, weight, query, keys, values, cos, sin, alpha, offset, count,
+    x, weight, fetched, query, keys, values, cos, sin, alpha, offset, count,
     Q_WIDTH: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD: tl.constexpr, capacity,
     M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -84,7 +84,7 @@ def _qkv_rope_kernel(
     first = tl.program_id(0)
     col = tile_origin(first, M, BLOCK_M, BLOCK_N)[1]
     valid, alpha, offset = valid_count(count, 0, M), scalar(alpha, 1.0), scalar(offset, 0)
-    begin_product(weight, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
+    begin_product(fetched, col, 0, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)

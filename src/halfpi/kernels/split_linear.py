@@ -59,7 +59,7 @@ def split_linear_reference(x: Tensor, weight: Tensor, split_k: int, block_k: int
 
 @triton.jit
 def _split_linear_kernel(
-    x, weight, partials, count, M, N, K, SPLIT_K: tl.constexpr,
+    x, weight, fetched, partials, count, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,7 +70,7 @@ def _split_linear_kernel(
     length = tl.cdiv(tl.cdiv(K, STEP), SPLIT_K) * STEP
     k_first = split * length
     valid = valid_count(count, 0, M)
-    begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
+    begin_product(fetched, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     if row < valid:
         acc = product_tile(
             x, weight, row, col, k_first, tl.minimum(k_first + length, K), M, N, K,
@@ -142,8 +142,8 @@ def launch_linear(
     """Run an operation's `kernel` over all tiles of x (m, k) · weight (n, k)ᵀ.
 
     With split_k > 1 or a library, `split_linear` first writes `partials` (split_k, m, n), and the
-    kernel sums them. It is called with x or partials, weight or None, `arguments`, M, N, K and the
-    constants of `linear_tile`.
+    kernel sums them. It is called with x or partials, weight or None, the weights to fetch or None,
+    `arguments`, M, N, K and the constants of `linear_tile`.
     """
     (m, k), n = x.shape, weight.shape[0]
     check("x", x, (m, k), FP8, *FLOATS)
@@ -154,7 +154,7 @@ def launch_linear(
         raise ValueError(f"partials must be given, got None with {launch}")
     else:
         split_linear(x, weight, partials, launch)
-        operands = (partials, None)
+        operands = (partials, None, None)
         plain = dataclasses.replace(launch, ahead=0, tma=False, promote=0)
         tile = _tile_constants(plain, k) | _SUM_TILE
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
@@ -164,13 +164,16 @@ def launch_linear(
     kernel[(grid,)](*operands, *arguments, m, n, k, **constants, **tile)
 
 
-def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, Any]:
+def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, Any, Tensor | None]:
+    """What a kernel reads, and the weights again if it fetches them ahead."""
+    fetched = weight if launch.ahead else None
     if not launch.tma:
-        return x, weight
+        return x, weight, fetched
     x_block, weight_block = ([rows, launch.block_k] for rows in (launch.block_m, launch.block_n))
     return (
         TensorDescriptor.from_tensor(x, x_block),
         TensorDescriptor.from_tensor(weight, weight_block),
+        fetched,
     )
 
 

@@ -47,8 +47,8 @@ class TileLaunch(Launch):
     library: bool = False
 
     def __post_init__(self) -> None:
-        if self.ahead and (self.tma or not self.pdl):
-            raise ValueError(f"ahead needs pdl and does not go with tma, got {self}")
+        if self.ahead and not self.pdl:
+            raise ValueError(f"ahead needs pdl, got {self}")
         if self.library and self.split_k > 1:
             raise ValueError(f"a library does not split K, got {self}")
 
@@ -88,14 +88,17 @@ def fetch_rows(rows, first, last, WIDTH: tl.constexpr):
 
 @triton.jit
 def begin_product(
-    weight, col, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    fetched, col, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """`begin`, but first fetch the weights of this tile for AHEAD steps from `k` on."""
+    """`begin`, but first fetch the weights of this tile for AHEAD steps from `k` on.
+
+    fetched: pointer to the weights; they may be read through a descriptor.
+    """
     if AHEAD > 0:
         cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
         for step in tl.static_range(AHEAD):
-            fetch_rows(weight + cols * K, k + step * BLOCK_K, K, BLOCK_K)
+            fetch_rows(fetched + cols * K, k + step * BLOCK_K, K, BLOCK_K)
     begin(PDL)
 
 

@@ -21,7 +21,7 @@ from halfpi.kernels.spec import Case, Device
 
 # Sizes that decide between entries; all but these must be the same.
 _ROWS = ("b", "m", "s", "t")
-_KEPT = (*_ROWS, "d", "k", "kv", "n", "q")
+_KEPT = (*_ROWS, "d", "k", "kv", "n", "q", "width")
 
 
 @dataclass(frozen=True)

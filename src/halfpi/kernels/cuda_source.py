@@ -1,0 +1,85 @@
+"""CUDA C++ of the package, compiled at run time with NVRTC and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_SOURCES = Path(__file__).parent / "cuda"
+
+
+def cubin(name: str, defines: Mapping[str, int]) -> bytes:
+    """The machine code of `name`.cu for sm_90a with `defines`.
+
+    It is looked for in the cache directory first: $XDG_CACHE_HOME/halfpi or ~/.cache/halfpi.
+
+    Raises ImportError naming the extra without cuda-core, RuntimeError with the compiler's log.
+    """
+    nvrtc = nvrtc_module()
+    sources = sorted(_SOURCES.iterdir())
+    key = repr((nvrtc.nvrtcVersion(), name, _options(defines))).encode()
+    digest = hashlib.sha256(key + b"".join(path.read_bytes() for path in sources)).hexdigest()
+    cached = _cache_directory() / f"{name}-{digest[:32]}.cubin"
+    if not cached.exists():
+        _write(cached, _compile(nvrtc, name, defines, nvrtc.nvrtcGetCUBIN, nvrtc.nvrtcGetCUBINSize))
+    return cached.read_bytes()
+
+
+def ptx(name: str, defines: Mapping[str, int]) -> str:
+    """The same as PTX, for a look at the instructions; never cached."""
+    nvrtc = nvrtc_module()
+    return _compile(nvrtc, name, defines, nvrtc.nvrtcGetPTX, nvrtc.nvrtcGetPTXSize).decode()
+
+
+def nvrtc_module() -> Any:
+    """The module `cuda.bindings.nvrtc`; raises ImportError naming the extra without it."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        message = 'the CUDA kernels need cuda-core: pip install "halfpi[hopper]"'
+        raise ImportError(message) from error
+    return nvrtc
+
+
+def _options(defines: Mapping[str, int]) -> list[bytes]:
+    macros = [f"-D{macro}={value}" for macro, value in sorted(defines.items())]
+    return [option.encode() for option in ("-std=c++17", "-arch=sm_90a", *macros)]
+
+
+def _compile(
+    nvrtc: Any,
+    name: str,
+    defines: Mapping[str, int],
+    get: Callable[..., Any],
+    get_size: Callable[..., Any],
+) -> bytes:
+    headers = sorted(_SOURCES.glob("*.cuh"))
+    source = (_SOURCES / f"{name}.cu").read_bytes()
+    texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
+    _, program = nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), texts, names)
+    options = _options(defines)
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name}.cu does not compile: {log.decode()}")
+    code = bytearray(get_size(program)[1])
+    get(program, code)
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(code)
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "halfpi"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    Path(file.name).replace(path)

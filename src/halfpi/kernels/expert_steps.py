@@ -1,0 +1,346 @@
+"""The denoise stage as one persistent kernel for Hopper: all steps and layers in one launch.
+
+A step of the action expert is a chain of small products with M = h rows. As separate kernels each
+costs more than its bytes, because its ramp is exposed. Here every SM keeps one block for the whole
+stage. Its weights are packed, in the order in which it reads them, into one stream of bytes
+(expert_stream.py); one warp copies the stream into a ring in shared memory and runs ahead of the
+dependency chain, so only latencies of exchanging activations remain.
+
+The CUDA source lies in `cuda/` and is compiled at run time through `cuda-core` (extra `hopper`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfpi.kernels.cuda_source import cubin
+from halfpi.kernels.expert_stream import (
+    BLOCKS,
+    HEAD_DIM,
+    MLP,
+    Q_HEADS,
+    QKV_ROWS,
+    WIDTH,
+    ExpertLayer,
+    pack,
+)
+from halfpi.kernels.spec import FP8, check
+
+NORM_EPS = 1e-6
+SITES = ("qkv", "out", "gate_up", "down")
+_THREADS = 384
+_SHARED_BYTES = 232_448
+_COUNTERS = 38
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """What the kernel is compiled for.
+
+    horizon: h. precision: torch.bfloat16 or torch.float8_e4m3fn, of all matrix weights and of what
+    they are multiplied with. The rest as in `Pi05Config`.
+    """
+
+    horizon: int
+    steps: int
+    precision: torch.dtype = torch.bfloat16
+    width: int = WIDTH
+    mlp: int = MLP
+    depth: int = 18
+    q_heads: int = Q_HEADS
+    kv_heads: int = 1
+    head_dim: int = HEAD_DIM
+    action_dim: int = 32
+
+    def check(self) -> None:
+        """Raise ValueError unless the kernel can do these sizes."""
+        fixed = {
+            "width": WIDTH, "mlp": MLP, "q_heads": Q_HEADS, "kv_heads": 1, "head_dim": HEAD_DIM,
+        }  # fmt: skip
+        for name, expected in fixed.items():
+            if getattr(self, name) != expected:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        for name, most in {"horizon": 64, "action_dim": 32, "steps": 1000, "depth": 1000}.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
+        if self.precision not in (torch.bfloat16, FP8):
+            raise ValueError(f"precision must be bfloat16 or float8_e4m3fn, got {self.precision}")
+
+    @property
+    def set_bytes(self) -> int:
+        """Bytes of one set of exchanged buffers (cuda/exchange.cuh)."""
+        operands = (2 * self.width + self.mlp + self.q_heads * self.head_dim) * self.itemsize
+        partials = 2 * 8 * self.width * 4
+        splits = BLOCKS * (self.head_dim * 2 + 4)
+        return self.horizon * (operands + QKV_ROWS * 2 + partials + splits)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an operand."""
+        return self.precision.itemsize
+
+    def defines(self) -> dict[str, int]:
+        """Constants of the CUDA source."""
+        return {
+            "HORIZON": self.horizon,
+            "STEPS": self.steps,
+            "DEPTH": self.depth,
+            "ACTION_DIM": self.action_dim,
+            "FP8": int(self.precision == FP8),
+            "SET_BYTES": self.set_bytes,
+            "SHARED_BYTES": _SHARED_BYTES,
+        }
+
+
+@dataclass(frozen=True)
+class ActionWeights:
+    """fp32: weight_in (d, a), bias_in (d,), weight_out (a, d), bias_out (a,)."""
+
+    weight_in: Tensor
+    bias_in: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+
+
+Quantise = Callable[[Tensor, int, int, int], Tensor]
+
+
+def expert_steps_reference(
+    layers: Sequence[ExpertLayer],
+    action: ActionWeights,
+    actions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_count: int,
+    decided: int,
+    cos: Tensor,
+    sin: Tensor,
+    modulations: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    gains: Tensor,
+    quantise: Quantise = lambda x, *_: x,
+) -> Tensor:
+    """The actions (h, a) that all steps make of `actions`, by openpi's formulas (pi0.py, gemma.py).
+
+    Everything between the action projections is in the dtype of the weights, norms and softmax in
+    fp32. quantise: what is done to the input of each matrix, given step, layer and site.
+    """
+    steps, dtype = gains.shape[0], layers[0].qkv.dtype
+    rows = torch.arange(actions.shape[0], device=actions.device)
+    given = (rows < decided)[:, None]
+    angles = tuple(table[prefix_count + rows, None] for table in (cos, sin))
+    for step in range(steps):
+        modulation = torch.where(given, modulations[-1][:, None], modulations[step][:, None])
+        x = F.linear(actions, action.weight_in, action.bias_in).to(dtype)
+        for index, layer in enumerate(layers):
+            prefix = keys[index, :prefix_count], values[index, :prefix_count]
+
+            def linear(
+                x: Tensor, site: int, layer: ExpertLayer = layer, at: tuple[int, int] = (step, index)
+            ) -> Tensor:
+                return F.linear(quantise(x, *at, site), getattr(layer, SITES[site]))
+
+            normed, gate = _modulated(x, modulation[2 * index])
+            x = x + gate * linear(_attended(linear(normed, 0), angles, prefix), 1)
+            normed, gate = _modulated(x, modulation[2 * index + 1])
+            wide = linear(normed, 2)
+            hidden = F.gelu(wide[:, ::2], approximate="tanh") * wide[:, 1::2]
+            x = x + gate * linear(hidden, 3)
+        normed, _ = _modulated(x, modulation[-1])
+        velocity = F.linear(normed.float(), action.weight_out, action.bias_out)
+        error = target - (actions - (1 - step / steps) * velocity)
+        guided = velocity - gains[step] * weights[:, None] * error
+        actions = torch.where(given, actions, actions - guided / steps)
+    return actions
+
+
+def _modulated(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    scale, shift, gate = modulation.chunk(3, -1)
+    normed = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+    return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+
+
+def _attended(
+    qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Tensor]
+) -> Tensor:
+    """What h rows of `qkv` (h, (q + 2)·k) read from the prefix and each other → (h, q·k)."""
+    turned, value = qkv.unflatten(1, (-1, HEAD_DIM)).split([qkv.shape[1] // HEAD_DIM - 1, 1], 1)
+    even, odd = turned.float().unflatten(2, (-1, 2)).unbind(-1)
+    cos, sin = angles
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(2)
+    query, key = rotated.to(qkv.dtype).split([turned.shape[1] - 1, 1], 1)
+    keys, values = (
+        torch.cat([old.to(qkv.dtype), new])[:, 0]
+        for old, new in zip(prefix, (key, value), strict=True)
+    )
+    logits = (query.transpose(0, 1) @ keys.T).float() * HEAD_DIM**-0.5
+    return (torch.softmax(logits, -1).to(qkv.dtype) @ values).transpose(0, 1).flatten(1)
+
+
+def supports(sizes: ExpertSizes, device: torch.device) -> bool:
+    """Whether `ExpertSteps` can be built: its sizes, a Hopper GPU of 128 SMs, and cuda-core."""
+    try:
+        sizes.check()
+    except ValueError:
+        return False
+    if device.type != "cuda" or importlib.util.find_spec("cuda") is None:
+        return False
+    if importlib.util.find_spec("cuda.core") is None:
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    is_hopper = (properties.major, properties.minor) == (9, 0)
+    return is_hopper and properties.multi_processor_count >= BLOCKS
+
+
+class ExpertSteps:
+    """The compiled kernel with its packed weights and workspace, for one stream at a time.
+
+    Building compiles (or reads the cubin from the user's cache), packs and allocates. A call
+    allocates nothing, synchronises nothing and can be captured in a CUDA graph. Equal inputs give
+    equal bits, whatever lies in the cache behind the prefix.
+    """
+
+    def __init__(
+        self,
+        sizes: ExpertSizes,
+        layers: Sequence[ExpertLayer],
+        action: ActionWeights,
+        device: torch.device,
+        *,
+        input_scales: Tensor | None = None,
+        weight_scales: Tensor | None = None,
+    ) -> None:
+        """Pack `layers`.
+
+        input_scales: fp32 (steps, depth, 4), of the inputs of qkv, out, gate_up, down, and
+        weight_scales: fp32 (depth, 4), of the matrices; both with E4M3 only. A stored number times
+        its scale is the value.
+
+        Raises ValueError naming what is wrong, ImportError naming the extra `hopper`.
+        """
+        sizes.check()
+        _check_weights(sizes, layers, action, input_scales, weight_scales)
+        self.sizes = sizes
+        self._device = device
+        self._stream = pack(layers, device)
+        self._constants = [
+            action.weight_in.T.contiguous().to(device),
+            *(part.to(device) for part in (action.bias_in, action.weight_out, action.bias_out)),
+            *(
+                torch.ones(1, device=device) if scales is None else scales.to(device)
+                for scales in (input_scales, weight_scales)
+            ),
+        ]
+        self._sets = torch.empty(2 * sizes.set_bytes, dtype=torch.uint8, device=device)
+        self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
+        self._kernel = _load(sizes.defines(), device)
+
+    def __call__(
+        self,
+        actions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix_count: Tensor,
+        decided: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        modulations: Tensor,
+        target: Tensor,
+        weights: Tensor,
+        gains: Tensor,
+    ) -> None:
+        """Denoise `actions` fp32 (h, a) in place, on torch's current stream.
+
+        keys, values: bfloat16 (depth, capacity, 1, k), of which the first `prefix_count` rows are
+        read, and nothing is written. prefix_count, decided: int32 (1,). Rows of `actions` below
+        `decided` are given: they keep their value and use the last row of the modulations. cos, sin:
+        fp32 (positions, k/2), at least prefix_count + h of them. modulations: fp32 (steps + 1,
+        2·depth + 1, 3d), the last row is time 0. target: fp32 (h, a), weights: fp32 (h,), gains: fp32
+        (steps,): guidance; rows of weight 0 are free.
+
+        Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
+        """
+        size = self.sizes
+        capacity = keys.shape[1]
+        cache = (size.depth, capacity, 1, size.head_dim)
+        chunk = (size.horizon, size.action_dim)
+        table = (cos.shape[0], size.head_dim // 2)
+        for name, tensor, shape, dtype in (
+            ("actions", actions, chunk, torch.float32),
+            ("keys", keys, cache, torch.bfloat16),
+            ("values", values, cache, torch.bfloat16),
+            ("prefix_count", prefix_count, (1,), torch.int32),
+            ("decided", decided, (1,), torch.int32),
+            ("cos", cos, table, torch.float32),
+            ("sin", sin, table, torch.float32),
+            ("modulations", modulations,
+             (size.steps + 1, 2 * size.depth + 1, 3 * size.width), torch.float32),
+            ("target", target, chunk, torch.float32),
+            ("weights", weights, (size.horizon,), torch.float32),
+            ("gains", gains, (size.steps,), torch.float32),
+        ):  # fmt: skip
+            check(name, tensor, shape, dtype)
+        _launch(
+            self._kernel, self._device, self._stream, self._sets, self._counters, actions, keys,
+            values, capacity, prefix_count, decided, cos, sin, modulations, target, weights, gains,
+            *self._constants,
+        )  # fmt: skip
+
+
+def _check_weights(
+    sizes: ExpertSizes,
+    layers: Sequence[ExpertLayer],
+    action: ActionWeights,
+    input_scales: Tensor | None,
+    weight_scales: Tensor | None,
+) -> None:
+    if len(layers) != sizes.depth:
+        raise ValueError(f"layers must be {sizes.depth}, got {len(layers)}")
+    d, a = sizes.width, sizes.action_dim
+    for index, layer in enumerate(layers):
+        shapes = ((QKV_ROWS, d), (d, sizes.q_heads * sizes.head_dim), (2 * sizes.mlp, d), (d, sizes.mlp))
+        for site, shape in zip(SITES, shapes, strict=True):
+            check(f"layers[{index}].{site}", getattr(layer, site), shape, sizes.precision)
+    shapes_by_name = {"weight_in": (d, a), "bias_in": (d,), "weight_out": (a, d), "bias_out": (a,)}
+    for name, shape in shapes_by_name.items():
+        check(f"action.{name}", getattr(action, name), shape, torch.float32)
+    if (sizes.precision == FP8) != (input_scales is not None and weight_scales is not None):
+        raise ValueError("input_scales and weight_scales must be given with float8_e4m3fn only")
+    check("input_scales", input_scales, (sizes.steps, sizes.depth, 4), torch.float32)
+    check("weight_scales", weight_scales, (sizes.depth, 4), torch.float32)
+
+
+def _load(defines: dict[str, int], device: torch.device) -> object:
+    """The kernel on `device`, allowed to have all of an SM's shared memory."""
+    code = cubin("expert_steps", defines)
+    from cuda import core
+    from cuda.bindings import driver
+
+    core.Device(torch.device(device).index or 0).set_current()
+    kernel = core.ObjectCode.from_cubin(code).get_kernel("expert_steps")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(
+        attribute, _SHARED_BYTES, kernel.handle, driver.CUdevice(torch.device(device).index or 0)
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuKernelSetAttribute failed: {status}")
+    return kernel
+
+
+def _launch(kernel: object, device: torch.device, *arguments: Tensor | int) -> None:
+    """Launch on torch's current stream; cooperative, because its blocks wait for each other."""
+    from cuda import core
+
+    config = core.LaunchConfig(
+        grid=BLOCKS, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
+    )
+    values = (one if isinstance(one, int) else one.data_ptr() for one in arguments)
+    stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+    core.launch(stream, config, kernel, *values)

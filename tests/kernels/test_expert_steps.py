@@ -1,0 +1,269 @@
+"""The denoise stage as one kernel: packing and compiling anywhere, the error rule on Hopper."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfpi.kernels.cuda_source import cubin, ptx
+from halfpi.kernels.expert_steps import (
+    SITES,
+    ActionWeights,
+    ExpertSizes,
+    ExpertSteps,
+    expert_steps_reference,
+    supports,
+)
+from halfpi.kernels.expert_stream import ExpertLayer, layer_units, pack
+from halfpi.kernels.spec import FP8, FP8_MAX
+
+PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(FP8, id="fp8")]
+SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}
+SMALL = ExpertSizes(horizon=10, steps=2, depth=2)
+
+
+def random_layer(device: torch.device) -> ExpertLayer:
+    return ExpertLayer(
+        **{name: torch.randn(s, device=device) * s[1] ** -0.5 for name, s in SHAPES.items()}
+    )
+
+
+def mapped(layer: ExpertLayer, function: Any) -> ExpertLayer:
+    return ExpertLayer(*(function(site, getattr(layer, name)) for site, name in enumerate(SITES)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = mapped(random_layer(torch.device("cpu")), lambda _, weight: weight.to(precision))
+    stream = pack([layer], torch.device("cpu"))
+    qkv, out, wide, down = stream[:, 0].split(layer_units(precision.itemsize), 1)
+    chunk = 16 // precision.itemsize
+
+    def element(block: int, part: Tensor, rows: int, row: int, column: int) -> Tensor:
+        """Of a tile of a block: (chunk, row, 16 bytes)."""
+        tile = part[block].reshape(-1, rows, 16).view(precision)
+        return tile[column // chunk, row, column % chunk]
+
+    assert not qkv[80:].any()
+    for block in (0, 17, 79):
+        assert element(block, qkv, 32, 5, 700) == layer.qkv[32 * block + 5, 700]
+    for block in (0, 17, 127):
+        rows, split = 64 * (block // 8), block % 8
+        assert element(block, out, 64, 9, 200) == layer.out[rows + 9, 256 * split + 200]
+        assert element(block, down, 64, 9, 300) == layer.down[rows + 9, 512 * split + 300]
+        for half, group, thread, up in ((0, 0, 0, 0), (0, 2, 1, 1), (1, 3, 2, 0)):
+            hidden = 32 * block + 16 * half + 4 * thread + group
+            row = 32 * half + 8 * group + 2 * thread + up
+            assert element(block, wide, 64, row, 900) == layer.gate_up[2 * hidden + up, 900]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiles_to_hopper_instructions(precision: torch.dtype) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="the extra `hopper` is missing")
+    sizes = dataclasses.replace(SMALL, precision=precision)
+    assert len(cubin("expert_steps", sizes.defines())) > 10_000
+    code = ptx("expert_steps", sizes.defines())
+    assert "cp.async.bulk.shared::cluster" in code
+    assert "m64n64k16.f32.bf16.bf16" in code
+    assert ("m64n64k32.f32.e4m3.e4m3" in code) == (precision == FP8)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"width": 512}, "width must be 1024, got 512"),
+        ({"horizon": 65}, "horizon must be from 1 to 64, got 65"),
+        ({"precision": torch.float16}, "precision must be bfloat16 or float8_e4m3fn"),
+    ],
+)
+def test_sizes_it_cannot_do(change: dict[str, Any], match: str) -> None:
+    sizes = dataclasses.replace(SMALL, **change)
+    assert not supports(sizes, torch.device("cuda"))
+    with pytest.raises(ValueError, match=match):
+        sizes.check()
+
+
+class Case:
+    """Random weights and inputs; for FP8 with scales calibrated on the FP32 reference."""
+
+    def __init__(
+        self, sizes: ExpertSizes, prefix: int, decided: int = 0, guided: bool = False, spare: int = 0
+    ) -> None:
+        torch.manual_seed(0)
+        device = torch.device("cuda")
+        self.sizes, self.prefix, self.decided, self.spare = sizes, prefix, decided, spare
+        h, a, d, depth, steps = sizes.horizon, sizes.action_dim, sizes.width, sizes.depth, sizes.steps
+
+        def randn(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(shape, device=device) * scale
+
+        self.action = ActionWeights(
+            randn(d, a, scale=a**-0.5), randn(d), randn(a, d, scale=d**-0.5), randn(a)
+        )
+        rows = prefix + h + spare
+        frequencies = 10_000.0 ** -(torch.arange(128, device=device) / 128)
+        angles = torch.outer(torch.arange(rows, device=device), frequencies)
+        weights = torch.linspace(1, 0, h, device=device) if guided else torch.zeros(h, device=device)
+        self.noise = randn(h, a)
+        self.inputs = {
+            "keys": randn(depth, rows, 1, 256).bfloat16(),
+            "values": randn(depth, rows, 1, 256).bfloat16(),
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "modulations": randn(steps + 1, 2 * depth + 1, 3 * d, scale=0.3),
+            "target": randn(h, a),
+            "weights": weights,
+            "gains": torch.linspace(0.5, 2, steps, device=device),
+        }
+        layers = [random_layer(device) for _ in range(depth)]
+        self.scales: dict[str, Tensor] = {}
+        if sizes.precision == FP8:
+            self._quantise(layers)
+        else:
+            self.stored = [mapped(layer, lambda _, weight: weight.bfloat16()) for layer in layers]
+            self.exact = [mapped(layer, lambda _, weight: weight.float()) for layer in self.stored]
+
+    def _quantise(self, layers: list[ExpertLayer]) -> None:
+        size = self.sizes
+        weight_scales = torch.stack(
+            [torch.stack([getattr(one, n).abs().max() for n in SITES]) for one in layers]
+        ) / FP8_MAX
+        self.stored = [
+            mapped(layer, lambda site, weight, i=i: (weight / weight_scales[i, site]).to(FP8))
+            for i, layer in enumerate(layers)
+        ]
+        self.exact = [
+            mapped(layer, lambda site, stored, i=i: stored.float() * weight_scales[i, site])
+            for i, layer in enumerate(self.stored)
+        ]
+        input_scales = torch.ones(size.steps, size.depth, 4, device=self.noise.device)
+
+        def observe(x: Tensor, step: int, layer: int, site: int) -> Tensor:
+            input_scales[step, layer, site] = x.abs().max() / FP8_MAX
+            return x
+
+        self.reference(self.exact, quantise=observe)
+        self.scales = {"input_scales": input_scales, "weight_scales": weight_scales}
+
+    def reference(self, layers: list[ExpertLayer], **options: Any) -> Tensor:
+        return expert_steps_reference(
+            layers, self.action, self.noise, prefix_count=self.prefix, decided=self.decided,
+            **self.inputs, **options,
+        )  # fmt: skip
+
+    def plain(self) -> Tensor:
+        """Plain torch in bfloat16, with E4M3's rounding where the kernel has it."""
+        layers = [mapped(layer, lambda _, weight: weight.bfloat16()) for layer in self.exact]
+        if not self.scales:
+            return self.reference(layers)
+
+        def rounded(x: Tensor, step: int, layer: int, site: int) -> Tensor:
+            scale = self.scales["input_scales"][step, layer, site]
+            stored = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+            return (stored.float() * scale).bfloat16()
+
+        return self.reference(layers, quantise=rounded)
+
+    def build(self) -> ExpertSteps:
+        device = self.noise.device
+        return ExpertSteps(self.sizes, self.stored, self.action, device, **self.scales)
+
+    def bind(self, kernel: ExpertSteps) -> tuple[Tensor, Any]:
+        """Actions, and the launch that denoises them in place."""
+        actions = self.noise.clone()
+        counts = {
+            name: torch.tensor([value], dtype=torch.int32, device=actions.device)
+            for name, value in (("prefix_count", self.prefix), ("decided", self.decided))
+        }
+        return actions, lambda: kernel(actions, **self.inputs, **counts)
+
+    def run(self, kernel: ExpertSteps) -> Tensor:
+        actions, launch = self.bind(kernel)
+        launch()
+        return actions
+
+    def spoil(self) -> None:
+        """Other garbage behind the valid prefix."""
+        for name in ("keys", "values"):
+            self.inputs[name][:, self.prefix :] = torch.nan
+
+
+def assert_error_rule(case: Case, actions: Tensor) -> None:
+    truth, plain = case.reference(case.exact), case.plain()
+    ours, theirs = (actions - truth).abs(), (plain - truth).abs()
+    assert ours.square().mean() <= 4 * theirs.square().mean()
+    assert ours.max() <= 2 * theirs.max()
+
+
+hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not supports(SMALL, torch.device("cuda")),
+        reason="no Hopper GPU with cuda-core",
+    ),
+]
+FULL = ExpertSizes(horizon=50, steps=10)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+class TestOnHopper:
+    pytestmark = hopper
+
+    @pytest.mark.parametrize(
+        ("sizes", "prefix", "options"),
+        [
+            pytest.param(FULL, 968, {}, id="pi05"),
+            pytest.param(dataclasses.replace(FULL, horizon=10), 560, {}, id="short"),
+            pytest.param(SMALL, 7, {"guided": True}, id="few-keys"),
+            pytest.param(dataclasses.replace(SMALL, horizon=50), 513, {"decided": 5}, id="decided"),
+            pytest.param(
+                dataclasses.replace(SMALL, horizon=64, action_dim=7),
+                1400,
+                {"decided": 3, "guided": True, "spare": 30},
+                id="many-keys",
+            ),
+        ],
+    )
+    def test_error_rule(
+        self, precision: torch.dtype, sizes: ExpertSizes, prefix: int, options: dict[str, Any]
+    ) -> None:
+        case = Case(dataclasses.replace(sizes, precision=precision), prefix, **options)
+        kernel = case.build()
+        case.spoil()
+        actions = case.run(kernel)
+        assert_error_rule(case, actions)
+        assert torch.equal(actions[: case.decided], case.noise[: case.decided])
+
+    def test_same_bits_whatever_lies_behind_the_prefix(self, precision: torch.dtype) -> None:
+        case = Case(dataclasses.replace(SMALL, horizon=50, precision=precision), 513, spare=40)
+        kernel = case.build()
+        first, second = case.run(kernel), case.run(kernel)
+        case.spoil()
+        third = case.run(kernel)
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+
+    def test_a_graph_replays_the_launch(self, precision: torch.dtype) -> None:
+        case = Case(dataclasses.replace(SMALL, precision=precision), 100)
+        kernel = case.build()
+        direct = case.run(kernel)
+        actions, launch = case.bind(kernel)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        for _ in range(3):
+            actions.copy_(case.noise)
+            graph.replay()
+            assert torch.equal(actions, direct)
+
+    def test_names_what_is_wrong(self, precision: torch.dtype) -> None:
+        case = Case(dataclasses.replace(SMALL, precision=precision), 100)
+        kernel = case.build()
+        case.inputs["gains"] = case.inputs["gains"][:1]
+        with pytest.raises(ValueError, match="gains must be contiguous float32"):
+            case.run(kernel)
