@@ -38,8 +38,11 @@ def bench_kernel(
         times: dict[str, Percentiles] = {}
         floors: dict[str, float] = {}
         ratios: dict[str, float] = {}
+        names = [case.name for case in cases]
         for case in cases:
-            name, problems = f"{spec.name}/{case.name}", problems_of(spec, case, device, limits)
+            # Dtypes tell cases apart where their names do not.
+            own = case.name if names.count(case.name) == 1 else str(case)
+            name, problems = f"{spec.name}/{own}", problems_of(spec, case, device, limits)
             problems[0].run()
             ratios[f"error_ratio {name}"] = error_ratio(problems[0])
             times |= measure_short({name: in_rotation(problems)}, device, repeats=repeats)
