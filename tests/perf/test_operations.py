@@ -46,6 +46,7 @@ def test_kernels_have_a_record_for_each_precision(monkeypatch: pytest.MonkeyPatc
         Case("three", {"m": 5}),
         Case("ragged", {"m": 3}, real=False),
     )
+    monkeypatch.setattr(bench_kernels, "best", lambda *_: Launch(8))
     bf16, fp8 = bench_kernel(spec, CPU, HOPPER, repeats=2)
     assert (bf16.case["precision"], fp8.case["precision"]) == ("bf16", "fp8")
     assert list(bf16.ms) == ["double/one", "double/three"]
@@ -55,6 +56,13 @@ def test_kernels_have_a_record_for_each_precision(monkeypatch: pytest.MonkeyPatc
     assert fp8.floor_ms is not None
     assert bf16.floor_ms["double/one"] == pytest.approx(1e9 / 677e12 * 1e3)
     assert fp8.floor_ms["double/two"] == pytest.approx(1e9 / 1300e12 * 1e3)
+
+
+def test_cases_of_one_name_are_told_apart_by_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kernels, "best", lambda *_: Launch(8))
+    spec = spec_of(Case("one", {"m": 9}), Case("one", {"m": 9}, torch.float32, torch.float32))
+    (record,) = bench_kernel(spec, CPU, HOPPER, repeats=1)
+    assert list(record.ms) == ["double/one-bfloat16-bfloat16", "double/one-float32-float32"]
 
 
 def test_all_variants_of_the_mlp_compute_the_same() -> None:

@@ -43,10 +43,11 @@ _ENGINES = ("no reformats", "restructured expert")
 
 @dataclass(frozen=True)
 class _Variant:
-    """run: what is timed. actions: fp32 (h, a)."""
+    """run: what is timed. actions: fp32 (h, a). owner: of the memory that graphs in `run` read."""
 
     run: Call
     actions: Tensor
+    owner: object
 
 
 def bench_ablation(
@@ -102,7 +103,7 @@ def _variant(model: Pi05, case: Case, name: str) -> _Variant:
 
     actions = run(0)[0].cpu()
     is_graph = noise.is_cuda and name != "eager"
-    return _Variant(captured(run, 1) if is_graph else run, actions)
+    return _Variant(captured(run, 1) if is_graph else run, actions, changed)
 
 
 def _changed(model: Pi05, case: Case, name: str) -> Pi05:
@@ -124,4 +125,4 @@ def _engine_variant(model: Pi05, case: Case, *, persistent_expert: bool) -> _Var
     subject = make_subject(model, own, config)
     inputs, noise = random_inputs(model.config, own)
     actions, _ = subject.engine.run(inputs, noise, own.steps)
-    return _Variant(stage_calls(subject, own)["total"], actions)
+    return _Variant(stage_calls(subject, own)["total"], actions, subject)

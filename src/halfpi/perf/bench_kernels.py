@@ -1,4 +1,4 @@
-"""Timing kernels one by one, at the shapes that π0.5 runs and their default launches.
+"""Timing kernels one by one, at the shapes that π0.5 runs and the launches of its engine.
 
 A kernel runs in a row of its own kind in one graph, as it would among others in an engine, on
 inputs in rotation: neither a launch nor a weight left in the L2 is in its time.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from halfpi.kernels.spec import FP8, Case, Device, KernelSpec, Problem, error_ratio
+from halfpi.kernels.tuned import best
 from halfpi.perf import devices
 from halfpi.perf.bench import known_device, measured_record
 from halfpi.perf.cases import Precision, standard_case
@@ -37,8 +38,11 @@ def bench_kernel(
         times: dict[str, Percentiles] = {}
         floors: dict[str, float] = {}
         ratios: dict[str, float] = {}
+        names = [case.name for case in cases]
         for case in cases:
-            name, problems = f"{spec.name}/{case.name}", problems_of(spec, case, device, limits)
+            # Dtypes tell cases apart where their names do not.
+            own = case.name if names.count(case.name) == 1 else str(case)
+            name, problems = f"{spec.name}/{own}", problems_of(spec, case, device, limits)
             problems[0].run()
             ratios[f"error_ratio {name}"] = error_ratio(problems[0])
             times |= measure_short({name: in_rotation(problems)}, device, repeats=repeats)
@@ -64,8 +68,8 @@ def problems_of(
     limits: Device,
     count: int | None = None,
 ) -> list[Problem]:
-    """`count` problems of `case` at its default launch, or as many as memory must serve."""
-    launch = spec.candidates(case, limits)[0]
+    """`count` problems of `case` at its launch, or as many as memory must serve."""
+    launch = best(spec.name, case.sizes, case.dtype, case.out_dtype, limits)
     first = spec.problem(case, launch, device)
     count = rotation(device, first.bytes) if count is None else count
     return [first, *(spec.problem(case, launch, device) for _ in range(count - 1))]

@@ -7,11 +7,11 @@ every benchmark that has records of the full size.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfpi.files import atomic_write
 from halfpi.perf.cases import ABLATION, standard_case
 from halfpi.perf.records import Record, newest, read_records, slug
 from halfpi.perf.report import SHORT
@@ -32,7 +32,6 @@ def draw(records: Sequence[Record], path: Path) -> None:
     benchmarks = {record.benchmark for record in records if record.kind == "measured"}
     if len(benchmarks) != 1:
         raise ValueError(f"a chart is of one benchmark, got {', '.join(benchmarks) or 'none'}")
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     # Text stays text, and ids are the same every time: a chart changes when its numbers do.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "halfpi", "font.size": 9}):
         figure = Figure(layout="constrained")
@@ -43,8 +42,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
         axes.set_title(f"{measured.benchmark}, {measured.device}")
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, metadata=metadata)
-    partial.replace(path)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.removeprefix("."), metadata=metadata)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

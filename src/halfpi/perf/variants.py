@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from halfpi.kernels import ada_rms_norm, attention, geglu, layer_norm, linear, rms_norm
 from halfpi.kernels.attention import AttentionLaunch
-from halfpi.kernels.spec import FP8, Case, Device, Launch, quantised
+from halfpi.kernels.spec import FP8, Device, Launch, quantised
 from halfpi.kernels.tile import TileLaunch
+from halfpi.kernels.tuned import best
 from halfpi.model import Pi05
 from halfpi.model.attention import Rotation, rotate
 from halfpi.model.gemma import AdaRMSNorm, Attention, GatedMlp, RMSNorm
@@ -52,10 +53,12 @@ def quantise_linears(model: Pi05, scales: Scales) -> None:
 
 
 def fuse_quantisation(model: Pi05) -> None:
-    """After `quantise_linears`: whatever feeds a linear layer quantises what it writes itself."""
+    """After both of the others: what feeds an FP8 layer quantises what it writes itself."""
     for block in _blocks(model):
-        block.attn_norm = _quantising_norm(block.attn_norm, block.attn.k.input_scale)
-        block.attn = _fused_attention(block.attn)
+        if isinstance(block.attn.k, Fp8Linear):
+            block.attn_norm = _quantising_norm(block.attn_norm, block.attn.k.input_scale)
+        if hasattr(block.attn, "o") and isinstance(block.attn.o, Fp8Linear):
+            block.attn.scale = block.attn.o.input_scale
         if hasattr(block, "mlp"):
             block.mlp = FusedMlp(block.mlp)
             block.mlp_norm = _quantising_norm(block.mlp_norm, block.mlp.input_scale)
@@ -97,10 +100,11 @@ class Fp8Linear(nn.Module):
 
 
 class FusedSelfAttention(nn.Module):
-    """SigLIP's attention in one kernel, which quantises for an FP8 output projection."""
+    """SigLIP's attention in one kernel, which quantises what it writes if there is a `scale`."""
 
-    def __init__(self, plain: SelfAttention | FusedSelfAttention) -> None:
+    def __init__(self, plain: SelfAttention) -> None:
         super().__init__()
+        self.scale: Tensor | None = None
         self.heads: int = plain.heads
         self.q: nn.Module
         self.k: nn.Module
@@ -113,15 +117,16 @@ class FusedSelfAttention(nn.Module):
         query, keys, values = (
             layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v)
         )
-        out: Tensor = self.o(_attend(query, keys, values, self.o))
+        out: Tensor = self.o(_attend(query, keys, values, self.scale))
         return out
 
 
 class FusedAttention(Attention):
-    """Gemma's attention in one kernel, which quantises for an FP8 output projection."""
+    """Gemma's attention in one kernel, which quantises what it writes if there is a `scale`."""
 
     def __init__(self, plain: Attention) -> None:
         nn.Module.__init__(self)  # the layers are there already
+        self.scale: Tensor | None = None
         self.head_dim = plain.head_dim
         self.q, self.k, self.v, self.o = plain.q, plain.k, plain.v, plain.o
 
@@ -139,7 +144,7 @@ class FusedAttention(Attention):
             (parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)).transpose(1, 2)
             for parts in (keys, values)
         )
-        out: Tensor = self.o(_attend(query, all_keys, all_values, self.o))
+        out: Tensor = self.o(_attend(query, all_keys, all_values, self.scale))
         return out
 
 
@@ -230,7 +235,7 @@ def _blocks(model: Pi05) -> Iterator[Any]:
 
 def _fused_attention(plain: Any) -> nn.Module:
     """As `plain`, which may be only the keys and values of the prefix's last layer."""
-    if isinstance(plain, (SelfAttention, FusedSelfAttention)):
+    if isinstance(plain, SelfAttention):
         return FusedSelfAttention(plain)
     return FusedAttention(plain) if isinstance(plain, Attention) else plain
 
@@ -246,12 +251,11 @@ def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
     return geglu.interleaved(*bytes_).view(FP8)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, reader: Any) -> Tensor:
-    """Attention of `query` (b, t, q, k), for `reader` → (b, t, q·k)."""
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: Tensor | None) -> Tensor:
+    """Attention of `query` (b, t, q, k) → (b, t, q·k), E4M3 if there is a `scale`."""
     sizes = dict(zip("btqk", query.shape, strict=True))
     sizes |= {"s": keys.shape[1], "kv": keys.shape[2], "missing": 0}
     inputs = {"query": query, "keys": keys, "values": values}
-    scale = getattr(reader, "input_scale", None)
     return _run(attention, sizes, inputs, query.shape, scale).flatten(2)
 
 
@@ -269,8 +273,7 @@ def _run(
     if not first.is_cuda:
         values = {key: _widened(value) for key, value in inputs.items()}
         return quantised(getattr(file, f"{name}_reference")(**values)[0], out_dtype, scale)
-    case = Case("", sizes, first.dtype, out_dtype)
-    launch = file.SPEC.candidates(case, Device.of(first.device))[0]
+    launch = best(name, sizes, first.dtype, out_dtype, Device.of(first.device))
     out = torch.empty(*shape, dtype=out_dtype, device=first.device)
     workspace = _workspace(launch, inputs, shape, first.device)
     getattr(file, name)(**inputs, out=out, launch=launch, scale=scale, **workspace)
