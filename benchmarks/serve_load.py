@@ -168,8 +168,7 @@ def _server(
 def _run_server(
     parent: Connection, config: ServeConfig, infer_ms: float, checkpoint: str | None
 ) -> None:
-    if checkpoint is None:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # more would wait for each other wherever the clients need a core
 
     def factory() -> Policy:
         if checkpoint is not None:
