@@ -1,11 +1,9 @@
 """What serving adds to a call, and how a server bears many robots, over the loopback.
 
     python benchmarks/serve_load.py [--clients 32] [--seconds 60] [--infer-ms 20] [--record FILE]
-    python benchmarks/serve_load.py --checkpoint nano --clients 8 --max-batch 1
 
 The server runs in a process of its own. Its policy is real but for the engine, which sleeps, so
-that no number here depends on a model; with --checkpoint the engine is real, too, and --max-batch 1
-shows what computing requests together gains. First one client asks on and on, as openpi's does: the
+that no number here depends on a model; with --checkpoint the engine is real, too. First one client asks on and on, as openpi's does: the
 overhead is its round trip, packing and unpacking included, less what the server says the call took.
 Then many clients ask for the given time, and resident memory is read over its second half, when
 every buffer has been used. Prints a line for each, then one JSON line, which --record appends to a
