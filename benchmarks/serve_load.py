@@ -3,12 +3,12 @@
     python benchmarks/serve_load.py [--clients 32] [--seconds 60] [--infer-ms 20] [--record FILE]
 
 The server runs in a process of its own. Its policy is real but for the engine, which sleeps, so
-that no number here depends on a model; with --checkpoint the engine is real, too. First one client asks on and on, as openpi's does: the
-overhead is its round trip, packing and unpacking included, less what the server says the call took.
-Then many clients ask for the given time, and resident memory is read over its second half, when
-every buffer has been used. Prints a line for each, then one JSON line, which --record appends to a
-file; exits with 1 when a client was starved (less than half of the median) or disconnected.
-Linux only.
+that no number here depends on a model; with --checkpoint the engine is real, too. First one client
+asks on and on, as openpi's does: the overhead is its round trip, packing and unpacking included,
+less what the server says the call took. Then many clients ask for the given time, and resident
+memory is read over its second half, when every buffer has been used. Prints a line for each, then
+one JSON line, which --record appends to a file; exits with 1 when a client was starved (less than
+half of the median) or disconnected. Linux only.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _serve_load(records: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def _batching(records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Milliseconds an observation by the size of its pass, of each run of benchmarks/batching.py."""
+    """Milliseconds an observation by the size of its pass, median and least."""
     sizes = list(records[0]["each_ms"]) if records else []
     header = (
         "device",
