@@ -111,7 +111,7 @@ def main() -> int:
         robots, memory = asyncio.run(_load(port, pid, observation, args.clients, args.seconds))
     counts = [len(robot.round_trips_ms) for robot in robots]
     lost = [robot.lost for robot in robots if robot.lost]
-    starved = sum(count < np.median(counts) / 2 for count in counts)
+    starved = sum(bool(count < np.median(counts) / 2) for count in counts)
     everyone = [ms for robot in robots for ms in robot.round_trips_ms]
     place = environment(torch.device("cpu"))
     record = {

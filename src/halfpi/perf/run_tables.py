@@ -63,7 +63,7 @@ def _serve_load(records: Sequence[Mapping[str, Any]]) -> Rows:
                 f"{record['seconds']:g}",
                 f"{replies['least']}–{replies['most']}",
                 f"{replies['all'] / record['seconds']:.1f}",
-                str(record["starved"]),
+                str(int(record["starved"])),
                 str(record["disconnected"]),
                 f"{memory['half_time']:.0f} → {memory['end']:.0f}",
                 _commit(record),
