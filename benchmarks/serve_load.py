@@ -1,16 +1,14 @@
 """What serving adds to a call, and how a server bears many robots, over the loopback.
 
     python benchmarks/serve_load.py [--clients 32] [--seconds 60] [--infer-ms 20] [--record FILE]
-    python benchmarks/serve_load.py --checkpoint nano --clients 8 --max-batch 1
 
 The server runs in a process of its own. Its policy is real but for the engine, which sleeps, so
-that no number here depends on a model; with --checkpoint the engine is real, too, and --max-batch 1
-shows what computing requests together gains. First one client asks on and on, as openpi's does: the
-overhead is its round trip, packing and unpacking included, less what the server says the call took.
-Then many clients ask for the given time, and resident memory is read over its second half, when
-every buffer has been used. Prints a line for each, then one JSON line, which --record appends to a
-file; exits with 1 when a client was starved (less than half of the median) or disconnected.
-Linux only.
+that no number here depends on a model; with --checkpoint the engine is real, too. First one client
+asks on and on, as openpi's does: the overhead is its round trip, packing and unpacking included,
+less what the server says the call took. Then many clients ask for the given time, and resident
+memory is read over its second half, when every buffer has been used. Prints a line for each, then
+one JSON line, which --record appends to a file; exits with 1 when a client was starved (less than
+half of the median) or disconnected. Linux only.
 """
 
 from __future__ import annotations
@@ -113,7 +111,7 @@ def main() -> int:
         robots, memory = asyncio.run(_load(port, pid, observation, args.clients, args.seconds))
     counts = [len(robot.round_trips_ms) for robot in robots]
     lost = [robot.lost for robot in robots if robot.lost]
-    starved = sum(count < np.median(counts) / 2 for count in counts)
+    starved = sum(bool(count < np.median(counts) / 2) for count in counts)
     everyone = [ms for robot in robots for ms in robot.round_trips_ms]
     place = environment(torch.device("cpu"))
     record = {
@@ -168,8 +166,7 @@ def _server(
 def _run_server(
     parent: Connection, config: ServeConfig, infer_ms: float, checkpoint: str | None
 ) -> None:
-    if checkpoint is None:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # more would wait for each other wherever the clients need a core
 
     def factory() -> Policy:
         if checkpoint is not None:

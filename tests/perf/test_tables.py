@@ -187,10 +187,18 @@ def test_runs_of_the_loop_and_the_server(tmp_path: Path) -> None:
         "clients": 32, "seconds": 60.0, "replies": {"least": 80, "most": 82, "all": 2600},
         "starved": 0, "disconnected": 1, "server_rss_mib": {"half_time": 500.4, "end": 501.0},
     }  # fmt: skip
-    for name, record in {"loop-jitter": jitter, "serve-load": load}.items():
+    batching = place | {
+        "policy": "nano",
+        "threads": 2,
+        "each_ms": {"1": {"p50": 30.0, "least": 25.0}, "8": {"p50": 12.0, "least": 11.0}},
+    }
+    every = {"loop-jitter": jitter, "serve-load": load, "batching": batching}
+    for name, record in every.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     runs = read_runs(tmp_path)
-    shown = render(between("loop-jitter") + between("serve-load"), [], None, runs)
+    shown = render("".join(map(between, every)), [], None, runs)
     assert "| 1.3 | – | 60 | 0.10 | 1.50 | 3.25 | 0 | 7/8 | 12 | 0123456* |" in shown
     assert "| 1 | 1.23 | 2.00 | 32 | 60 | 80–82 | 43.3 | 0 | 1 | 500 → 501 |" in shown
+    assert "| device | load | policy | threads | 1 a pass | 8 a pass | commit |" in shown
+    assert "| nano | 2 | 30.0 (25.0) | 12.0 (11.0) | 0123456* |" in shown
     assert render(between("loop-jitter"), []) == between("loop-jitter")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import InvalidMessage, InvalidStatus
 
-from halfpi.integrations.openpi import OpenpiPolicy
+from halfpi.integrations.openpi import Answer, OpenpiPolicy
 from halfpi.policy import Policy
 from halfpi.serving.config import ServeConfig
 from halfpi.serving.server import Server
@@ -69,6 +69,21 @@ async def test_extras_over_the_wire(loopback: Loopback, tiny_policy: Policy) -> 
     assert list(reply) == ["actions", "normalized", "policy_timing", "server_timing"]
     expected = OpenpiPolicy(tiny_policy).infer({**loopback.observation, "halfpi": extras})
     assert np.array_equal(reply["normalized"], expected["normalized"])
+
+
+async def test_a_watcher_is_shown_every_answer(loopback: Loopback) -> None:
+    seen: list[tuple[int, Answer]] = []
+
+    def watch(robot: int, answer: Answer) -> None:
+        seen.append((robot, answer))
+
+    async with Server(loopback.policy, ServeConfig(port=0), watch) as server:
+        for _ in range(2):
+            await loopback.assert_serves(server)
+        await loopback.fault(server, **{"observation.state": np.array([np.nan])})
+    assert [robot for robot, _ in seen] == [1, 2]
+    assert set(seen[0][1].observation.images) == {"base", "wrist"}
+    assert seen[0][1].chunk.times.denoise_ms == 4
 
 
 async def test_plain_http(loopback: Loopback) -> None:

@@ -63,7 +63,7 @@ def _serve_load(records: Sequence[Mapping[str, Any]]) -> Rows:
                 f"{record['seconds']:g}",
                 f"{replies['least']}–{replies['most']}",
                 f"{replies['all'] / record['seconds']:.1f}",
-                str(record["starved"]),
+                str(int(record["starved"])),
                 str(record["disconnected"]),
                 f"{memory['half_time']:.0f} → {memory['end']:.0f}",
                 _commit(record),
@@ -72,7 +72,35 @@ def _serve_load(records: Sequence[Mapping[str, Any]]) -> Rows:
     return header, rows
 
 
+def _batching(records: Sequence[Mapping[str, Any]]) -> Rows:
+    """Milliseconds an observation by the size of its pass, median and least."""
+    sizes = list(records[0]["each_ms"]) if records else []
+    header = (
+        "device",
+        "load",
+        "policy",
+        "threads",
+        *(f"{size} a pass" for size in sizes),
+        "commit",
+    )
+    rows = []
+    for record in records:
+        each = (record["each_ms"][size] for size in sizes)
+        shown = (f"{ms['p50']:.1f} ({ms['least']:.1f})" for ms in each)
+        rows.append(
+            (
+                *_place(record),
+                record["policy"],
+                str(record["threads"]),
+                *shown,
+                _commit(record),
+            )
+        )
+    return header, rows
+
+
 RUN_TABLES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Rows]] = {
+    "batching": _batching,
     "loop-jitter": _loop_jitter,
     "serve-load": _serve_load,
 }
