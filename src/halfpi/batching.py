@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from halfpi.engine import BatchEngine
 from halfpi.model import Guidance
 from halfpi.policy import Arguments, Policy
 from halfpi.processing.pipeline import ModelInputs
@@ -37,7 +38,7 @@ class Call:
 
 def can_batch(policy: Policy) -> bool:
     """Whether the policy's engine computes several observations in one pass."""
-    return hasattr(policy.engine, "run_many")
+    return isinstance(policy.engine, BatchEngine)
 
 
 def infer_many(policy: Policy, calls: Sequence[Call]) -> list[ActionChunk | ValueError]:
@@ -92,7 +93,10 @@ def _row(policy: Policy, call: Call) -> _Row | ValueError:
 
 def _run(policy: Policy, rows: Sequence[_Row]) -> list[ActionChunk | ValueError]:
     noise = torch.stack([row.arguments.noise for row in rows])
-    actions, times = policy.engine.run_many(
+    engine = policy.engine
+    if not isinstance(engine, BatchEngine):
+        raise TypeError(f"{type(engine).__name__} computes one observation at a time")
+    actions, times = engine.run_many(
         _stacked_inputs(rows),
         noise,
         rows[0].arguments.num_steps,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from halfpi.serving.adapter import Answer
+from halfpi.integrations.openpi import Answer
 from tests.commands.conftest import Halfpi
 
 from halfpi.commands import serving

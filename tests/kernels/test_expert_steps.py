@@ -41,7 +41,7 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -
     torch.manual_seed(0)
     layer = mapped(random_layer(torch.device("cpu")), lambda _, weight: weight.to(precision))
     stream = pack([layer], torch.device("cpu"))
-    qkv, out, wide, down = torch.split(stream[:, 0], layer_units(precision.itemsize), 1)
+    qkv, out, wide, down = torch.split(stream[:, 0], list(layer_units(precision.itemsize)), 1)
     chunk = 16 // precision.itemsize
 
     def element(block: int, part: Tensor, rows: int, row: int, column: int) -> Tensor:

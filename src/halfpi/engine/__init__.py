@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from halfpi.engine.eager import EagerEngine
-from halfpi.engine.make import Engine, make_engine
+from halfpi.engine.make import BatchEngine, Engine, make_engine
 
-__all__ = ["EagerEngine", "Engine", "make_engine"]
+__all__ = ["BatchEngine", "EagerEngine", "Engine", "make_engine"]

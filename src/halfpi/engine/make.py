@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,21 @@ class Engine(Protocol):
 
     def forget(self) -> None:
         """Drop what earlier calls left to keep."""
+
+
+@runtime_checkable
+class BatchEngine(Protocol):
+    """What computes several observations in one pass; `EagerEngine.run_many` says how."""
+
+    def run_many(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        num_steps: int,
+        given: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Tensor, StageTimes]:
+        """Actions of all of them."""
 
 
 def make_engine(
