@@ -165,8 +165,8 @@ class TritonEngine:
         if not fresh:
             return
         staged, device = self._image_staging[images.dtype], self.plan.images[images.dtype]
-        for block in fresh:
-            staged[block] = images[0, places[block]]
+        for block in fresh:  # NumPy's copy starts no threads
+            staged.numpy()[block] = images.numpy()[0, places[block]]
         device[: len(places)].copy_(staged[: len(places)], non_blocking=True)
         for first, count in _runs(fresh):
             self.plan.vision[images.dtype, first, count]()

@@ -13,6 +13,7 @@ bytes to bring there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ _PADDING: Mapping[ResizeRule, float] = {
     "interpolate": _BLACK,
     "interpolate-0.4": -3.0,
 }
+
+
+# Pillow lets other threads run while it resizes, so the cameras share one camera's time.
+_WORKERS = ThreadPoolExecutor(thread_name_prefix="halfpi-images")
 
 
 def prepare_images(
@@ -52,14 +57,15 @@ def prepare_images(
         raise ValueError(f"unknown camera {', '.join(unknown)}: expected {', '.join(cameras)}")
     if not images:
         raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
-    present = {
-        camera: resize_with_pad(camera, images[camera], size, rule)
-        for camera in cameras
-        if camera in images
-    }
+    present = [camera for camera in cameras if camera in images]
+    resized = _WORKERS.map(
+        lambda camera: resize_with_pad(camera, images[camera], size, rule), present
+    )
+    by_camera = dict(zip(present, resized, strict=True))
     absent = _blank(size, rule, _BLACK)
-    stacked = torch.stack([present.get(camera, absent) for camera in cameras])[None]
-    return stacked, torch.tensor([[camera in images for camera in cameras]])
+    # NumPy, because a parallel copy by torch costs more in waking its threads than in copying.
+    stacked = np.stack([by_camera.get(camera, absent).numpy() for camera in cameras])[None]
+    return torch.from_numpy(stacked), torch.tensor([[camera in images for camera in cameras]])
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -95,20 +101,21 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
     top, left = (size - new_height) // 2, (size - new_width) // 2
     padded = _blank(size, rule, _PADDING[rule])
     inside = padded if rule == "pil" else padded.movedim(0, -1)
-    inside[top : top + new_height, left : left + new_width] = resize(pixels, new_height, new_width)
+    box = inside.numpy()[top : top + new_height, left : left + new_width]
+    box[:] = resize(pixels, new_height, new_width)
     return padded
 
 
 def _blank(size: int, rule: ResizeRule, value: float) -> Tensor:
     """A square of `value` in the model's range, which is black where pixels are 8-bit."""
     if rule == "pil":
-        return torch.zeros((size, size, 3), dtype=torch.uint8)
+        return torch.from_numpy(np.zeros((size, size, 3), np.uint8))
     return torch.full((3, size, size), value)
 
 
 def _arranged(pixels: NDArray[Any], rule: ResizeRule) -> Tensor:
     if rule == "pil":
-        return torch.tensor(pixels)
+        return torch.from_numpy(pixels.copy())
     return (torch.from_numpy(_unit_interval(pixels)) * 2 - 1).movedim(-1, 0)
 
 
@@ -144,15 +151,14 @@ def _unit_interval(pixels: NDArray[Any]) -> NDArray[np.float32]:
     return as_float / np.float32(255) if pixels.dtype == np.uint8 else as_float
 
 
-def _resize_pil(pixels: NDArray[np.uint8], height: int, width: int) -> Tensor:
-    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized))
+def _resize_pil(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[Any]:
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _resize_interpolate(pixels: NDArray[Any], height: int, width: int) -> Tensor:
+def _resize_interpolate(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """Pixels in [-1, 1], (height, width, 3)."""
     chw = torch.from_numpy(_unit_interval(pixels)).permute(2, 0, 1)
     resized = F.interpolate(
         chw[None], size=(height, width), mode="bilinear", align_corners=False
     ).clamp(0, 1)
-    return (resized[0] * 2 - 1).permute(1, 2, 0)
+    return (resized[0] * 2 - 1).permute(1, 2, 0).numpy()
