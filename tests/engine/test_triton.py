@@ -33,38 +33,37 @@ def check_calls() -> None:
     from halfpi.engine.triton import TritonEngine
 
     model = random_model()
-    config = EngineConfig("triton", "fp32", (2, 3), max_cameras=2, max_prompt_tokens=12)
+    config = EngineConfig("triton", "fp32", (1, 2), max_cameras=2, max_prompt_tokens=12)
     engine, eager = TritonEngine(model, config, CPU), EagerEngine(model)
     guidance = Guidance(noise(5), torch.linspace(1, 0, TINY.horizon))
     calls: list[tuple[Any, dict[str, Any]]] = [
         (inputs_with([True, True], 7), {}),
         (inputs_with([False, True], 12, seed=1), {"given": noise(2)[:3]}),
         (inputs_with([True, False], 1, seed=2), {"guidance": guidance}),
-        (inputs_with([True, True], 9, seed=3), {}),
         (inputs_with([True, True], 5, seed=4), {"kept": [0]}),
         (inputs_with([False, True], 5, seed=4), {"kept": [1]}),
         (inputs_with([True, True], 5, seed=6, uint8=True), {"kept": [1]}),
         (None, {}),
     ]
     for number, (inputs, options) in enumerate(calls):
-        for steps in (2, 3):
-            ours, _ = engine.run(inputs, noise(number), steps, **options)
-            theirs, _ = eager.run(inputs, noise(number), steps, **options)
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+        steps = 2 if options else 1
+        ours, _ = engine.run(inputs, noise(number), steps, **options)
+        theirs, _ = eager.run(inputs, noise(number), steps, **options)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
     check_refusals(engine)
 
 
 def check_refusals(engine: object) -> None:
     """Each mistake is one error, and the engine works afterwards as before."""
     run = engine.run  # type: ignore[attr-defined]
-    before, _ = run(inputs_with([True, True], 7), noise(), 2)
+    before, _ = run(inputs_with([True, True], 7), noise(), 1)
     good = inputs_with([True, True], 7)
     three = dataclasses.replace(
         good, images=good.images.repeat(1, 2, 1, 1, 1), image_mask=torch.ones(1, 4).bool()
     )
     long = torch.zeros(1, 13, dtype=torch.int64)
     mistakes: list[tuple[ModelInputs, int, dict[str, Any], str]] = [
-        (good, 5, {}, "planned for 2, 3 Euler steps, got 5"),
+        (good, 5, {}, "planned for 1, 2 Euler steps, got 5"),
         (three, 2, {}, "planned for 2 cameras, got 4"),
         (dataclasses.replace(good, tokens=long, token_mask=long == 0), 2, {}, "12 prompt tokens"),
         (dataclasses.replace(good, images=good.images.double()), 2, {}, "got torch.float64"),
@@ -78,7 +77,7 @@ def check_refusals(engine: object) -> None:
         run(None, noise(), 2)
     with pytest.raises(ValueError, match="camera 1 has no image tokens to keep"):
         run(good, noise(), 2, kept=[1])
-    after, _ = run(good, noise(), 2)
+    after, _ = run(good, noise(), 1)
     assert torch.equal(before, after)
 
 
