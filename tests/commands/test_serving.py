@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from halfpi.integrations.openpi import Answer
 from tests.commands.conftest import Halfpi
 
 from halfpi.commands import serving
+from halfpi.integrations.openpi import Answer
 from halfpi.types import ActionChunk, Observation, StageTimes
 
 

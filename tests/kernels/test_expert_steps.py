@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfpi.config import Pi05Config
 from halfpi.kernels.cuda_source import cubin, ptx
 from halfpi.kernels.expert_steps import (
     SITES,
@@ -20,6 +21,13 @@ from halfpi.kernels.expert_steps import (
 )
 from halfpi.kernels.expert_stream import ExpertLayer, layer_units, pack
 from halfpi.kernels.spec import FP8, FP8_MAX
+from halfpi.model.gemma import PrefixCache
+from halfpi.model.guidance import Guidance
+from halfpi.model.pi05 import Pi05
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from halfpi.kernels.geglu import interleaved
+from halfpi.kernels.qkv_rope import paired
 
 PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(FP8, id="fp8")]
 SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}
@@ -86,6 +94,57 @@ def test_sizes_it_cannot_do(change: dict[str, Any], match: str) -> None:
     assert not supports(sizes, torch.device("cuda"))
     with pytest.raises(ValueError, match=match):
         sizes.check()
+
+
+def test_the_reference_is_the_model() -> None:
+    torch.manual_seed(0)
+    config = Pi05Config(
+        image_size=28, vision_width=16, vision_mlp=16, vision_depth=1, vision_heads=2,
+        vocab_size=16, prefix_width=16, prefix_mlp=16, expert_width=32, expert_mlp=24, depth=2,
+        q_heads=2, action_dim=5, horizon=6,
+    )  # fmt: skip
+    model = Pi05(config)
+    for parameter in model.expert.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    h, steps, decided, prefix = config.horizon, 3, 2, 9
+    noise, target = torch.randn(1, h, 5), torch.randn(h, 5)
+    keys, values = torch.randn(2, 2, prefix, 256)
+    cache = PrefixCache(
+        tuple(_unpaired(key)[None, None] for key in keys),
+        tuple(value[None, None] for value in values),
+        torch.ones(1, prefix, dtype=torch.bool),
+    )
+    guidance = Guidance(target, torch.linspace(1, 0, h))
+    times = [1 - step / steps for step in range(steps)]
+    with torch.no_grad():
+        condition = model.condition(torch.tensor([*times, 0.0]))
+        expected = model.denoise(cache, noise, steps, noise[:, :decided], guidance)[0]
+        angles = torch.outer(torch.arange(prefix + h), 10_000.0 ** -(torch.arange(128) / 128))
+        actions = expert_steps_reference(
+            [_layer(block) for block in model.expert.layers],
+            ActionWeights(
+                model.action_in.weight, model.action_in.bias,
+                model.action_out.weight, model.action_out.bias,
+            ),
+            noise[0], keys[:, :, None], values[:, :, None], prefix, decided,
+            angles.cos(), angles.sin(), torch.stack(model.expert.modulations(condition), 1),
+            target, guidance.weights, torch.tensor([guidance.gain(time) for time in times]),
+        )  # fmt: skip
+    torch.testing.assert_close(actions, expected, rtol=1e-4, atol=1e-4)
+
+
+def _unpaired(key: Tensor) -> Tensor:
+    """Keys (s, k) whose rotary pairs are neighbours, in the model's order."""
+    return torch.cat([key[:, ::2], key[:, 1::2]], 1)
+
+
+def _layer(block: Any) -> ExpertLayer:
+    attn, mlp = block.attn, block.mlp
+    turned = [paired(part.weight, 256) for part in (attn.q, attn.k)]
+    qkv = torch.cat([*turned, attn.v.weight])
+    return ExpertLayer(
+        qkv, attn.o.weight, interleaved(mlp.gate.weight, mlp.up.weight), mlp.down.weight
+    )
 
 
 class Case:

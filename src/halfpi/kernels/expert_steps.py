@@ -317,8 +317,8 @@ def _check_weights(
         "weight_out": (a, d),
         "bias_out": (a,),
     }
-    for name, expected in shapes_by_name.items():
-        check(f"action.{name}", getattr(action, name), expected, torch.float32)
+    for name, action_shape in shapes_by_name.items():
+        check(f"action.{name}", getattr(action, name), action_shape, torch.float32)
     if (sizes.precision == FP8) != (input_scales is not None and weight_scales is not None):
         raise ValueError("input_scales and weight_scales must be given with float8_e4m3fn only")
     check("input_scales", input_scales, (sizes.steps, sizes.depth, 4), torch.float32)

@@ -21,8 +21,8 @@ constexpr int K_SPLITS = 8;            // of the out and down projections
 // Operands of products are stored as (chunk of K, row, 16 bytes), as wgmma reads shared memory.
 constexpr long X = 0, X2 = X + ROWS * WIDTH * BYTES;
 constexpr long QKV = X2 + ROWS * WIDTH * BYTES;                          // bf16, head by head
-constexpr long AVERAGES = QKV + ROWS * (HEADS + 2) * HEAD * 2;           // bf16 (head, row, split, k)
-constexpr long LOG_SUMS = AVERAGES + long(ROWS) * HEADS * KEY_SPLITS * HEAD * 2;  // (head, row, split)
+constexpr long AVERAGES = QKV + ROWS * (HEADS + 2) * HEAD * 2;  // bf16 (head, row, split, k)
+constexpr long LOG_SUMS = AVERAGES + long(ROWS) * HEADS * KEY_SPLITS * HEAD * 2;  // as above
 constexpr long MERGED = LOG_SUMS + ROWS * HEADS * KEY_SPLITS * 4;
 constexpr long OUT = MERGED + ROWS * HEADS * HEAD * BYTES;               // fp32 (split, row, d)
 constexpr long HIDDEN = OUT + long(K_SPLITS) * ROWS * WIDTH * 4;

@@ -1,0 +1,94 @@
+// What one block does for its row of the actions; the residual never leaves its registers.
+#pragma once
+#include "block.cuh"
+
+namespace {
+
+struct Row {
+  float x[4];  // columns 4 · thread …
+  float4 gate, scale, shift;
+
+  // Of the update that comes and of the norm after it, before waiting for the update.
+  __device__ void load(const Block& b, const float* gated, const float* modulation) {
+    gate = at(gated + 2 * WIDTH, b);
+    scale = at(modulation, b), shift = at(modulation + WIDTH, b);
+  }
+
+  __device__ static float4 at(const float* table, const Block& b) {
+    return reinterpret_cast<const float4*>(table)[b.thread];
+  }
+
+  __device__ void embed(const Block& b, const Arguments& a, const float* actions) {
+    float4 sum = at(a.bias_in, b);
+#pragma unroll 8
+    for (int i = 0; i < ACTION_DIM; ++i) {
+      float4 w = at(a.weight_in + i * WIDTH, b);
+      sum.x += actions[i] * w.x, sum.y += actions[i] * w.y;
+      sum.z += actions[i] * w.z, sum.w += actions[i] * w.w;
+    }
+    x[0] = sum.x, x[1] = sum.y, x[2] = sum.z, x[3] = sum.w;
+  }
+
+  // x += gate · Σ partials, in order.
+  __device__ void add(const Block& b, const char* partials, int row) {
+    all_consumers();
+    const uint4* from = reinterpret_cast<const uint4*>(partials) + row * (WIDTH / 4);
+    uint4 v[K_SPLITS];
+    constexpr int STRIDE = ROWS * WIDTH / 4;
+    exchange::load(v, from, b.thread, STRIDE);
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int s = 0; s < K_SPLITS; ++s) {
+      sum[0] += __uint_as_float(v[s].x), sum[1] += __uint_as_float(v[s].y);
+      sum[2] += __uint_as_float(v[s].z), sum[3] += __uint_as_float(v[s].w);
+    }
+    x[0] += gate.x * sum[0], x[1] += gate.y * sum[1];
+    x[2] += gate.z * sum[2], x[3] += gate.w * sum[3];
+  }
+
+  __device__ void norm(const Block& b, float* sums, float (&y)[4]) const {
+    float square = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+#pragma unroll
+    for (int i = 16; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    if (b.lane == 0) sums[b.thread / 32] = square;
+    all_consumers();
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CONSUMERS / 32; ++i) total += sums[i];
+    float inverse = rsqrtf(total / WIDTH + EPS);
+    y[0] = x[0] * inverse * (1.0f + scale.x) + shift.x;
+    y[1] = x[1] * inverse * (1.0f + scale.y) + shift.y;
+    y[2] = x[2] * inverse * (1.0f + scale.z) + shift.z;
+    y[3] = x[3] * inverse * (1.0f + scale.w) + shift.w;
+  }
+
+  // The velocity of this row, guided, moves its actions, unless they are decided.
+  __device__ void move(const Block& b, const Arguments& a, const float (&y)[4], float* actions,
+                       int step, int row, bool decided) const {
+    float4* hidden = reinterpret_cast<float4*>(b.scratch);
+    hidden[b.thread] = make_float4(y[0], y[1], y[2], y[3]);
+    all_consumers();
+    for (int i = b.thread / 32; i < ACTION_DIM; i += CONSUMERS / 32) {
+      const float4* w = reinterpret_cast<const float4*>(a.weight_out + i * WIDTH);
+      float dot = 0.0f;
+#pragma unroll
+      for (int j = b.lane; j < WIDTH / 4; j += 32) {
+        dot += hidden[j].x * w[j].x + hidden[j].y * w[j].y + hidden[j].z * w[j].z +
+               hidden[j].w * w[j].w;
+      }
+#pragma unroll
+      for (int j = 16; j; j /= 2) dot += __shfl_xor_sync(~0u, dot, j);
+      if (b.lane == 0 && !decided) {
+        float velocity = dot + a.bias_out[i], time = 1.0f - step * (1.0f / STEPS);
+        float weight = a.weights[row], error = 0.0f;
+        if (weight != 0.0f) {
+          error = (a.target[row * ACTION_DIM + i] - (actions[i] - time * velocity)) * weight;
+        }
+        actions[i] -= (velocity - a.gains[step] * error) * (1.0f / STEPS);
+      }
+    }
+    all_consumers();
+  }
+};
+
+}  // namespace
