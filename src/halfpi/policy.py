@@ -206,7 +206,8 @@ def load_policy(
     processor = Processor(
         checkpoint.processing, checkpoint.config.action_dim, load_tokenizer(found)
     )
-    steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
+    wanted = (num_steps,) if isinstance(num_steps, int) else num_steps
+    steps = tuple(_checked_steps(number) for number in wanted)
     config = EngineConfig(
         backend,
         precision,
