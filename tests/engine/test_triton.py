@@ -72,6 +72,10 @@ def check_refusals(engine: object) -> None:
     for inputs, steps, options, message in mistakes:
         with pytest.raises(ValueError, match=message):
             run(inputs, noise(), steps, **options)
+    with pytest.raises(ValueError, match=r"noise must have shape \(7, 6\), got \(6, 6\)"):
+        run(good, noise()[1:], 2)
+    with pytest.raises(ValueError, match=r"given must have shape \(0 to 7, 6\), got \(3, 5\)"):
+        run(good, noise(), 2, noise()[:3, :5])
     engine.forget()  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="no prefix to keep"):
         run(None, noise(), 2)

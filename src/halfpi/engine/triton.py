@@ -68,9 +68,10 @@ class TritonEngine:
         if num_steps not in self.plan.denoise:
             planned = ", ".join(map(str, self.plan.denoise))
             raise ValueError(f"the engine is planned for {planned} Euler steps, got {num_steps}")
-        watch = Stopwatch(self.device)
         if inputs is None and not self._prefix_ready:
             raise ValueError("there is no prefix to keep: no call came before this one")
+        self._check_actions(noise, given)
+        watch = Stopwatch(self.device)
         if inputs is not None:
             places = self._check(inputs, kept)
             self._prefix_ready = False
@@ -130,6 +131,13 @@ class TritonEngine:
         for place in set(places).intersection(kept).difference(self._blocks):
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
         return places
+
+    def _check_actions(self, noise: Tensor, given: Tensor | None) -> None:
+        h, a = self.config.horizon, self.config.action_dim
+        if noise.shape != (h, a):
+            raise ValueError(f"noise must have shape {(h, a)}, got {tuple(noise.shape)}")
+        if given is not None and (given.ndim != 2 or len(given) > h or given.shape[1] != a):
+            raise ValueError(f"given must have shape (0 to {h}, {a}), got {tuple(given.shape)}")
 
     def _set_prompt(self, inputs: ModelInputs, cameras: int) -> None:
         host, tokens = self.plan.staging.host, inputs.tokens[inputs.token_mask]
