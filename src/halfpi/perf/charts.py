@@ -113,8 +113,16 @@ def _stacks(axes: Any, records: Sequence[Record]) -> int:
         axes.annotate(f" {record.ms['total'].p50:.1f}", (end, place), va="center")
     axes.legend(loc="upper right")
     names = [f"{record.engine}, {record.case.get('precision', '?')}" for record in ordered]
+    if len(set(names)) < len(names):  # of several cases
+        pairs = zip(names, ordered, strict=True)
+        names = [f"{name}, {_workload(record)}" for name, record in pairs]
     _finish(axes, names, "ms, median")
     return len(names)
+
+
+def _workload(record: Record) -> str:
+    words = {"cameras": "cameras", "prompt_tokens": "tokens", "horizon": "actions"}
+    return ", ".join(f"{record.case.get(name, '?')} {word}" for name, word in words.items())
 
 
 def _waterfall(axes: Any, records: Sequence[Record]) -> int:
