@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from websockets.asyncio.client import ClientConnection
 
+from halfpi.processing.images import to_model
 from halfpi.serving.wire import packb, unpackb
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ LETTERS = "abcd"
 def act(inputs: Any) -> float:
     """Something of every input."""
     prompt = (inputs.tokens * inputs.token_mask).sum() % 7
-    return float(prompt) + round(float(inputs.images.mean()), 2)
+    return float(prompt) + round(float(to_model(inputs.images).mean()), 2)
 
 
 def untimed(frame: str | bytes) -> str:
