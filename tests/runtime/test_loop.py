@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -294,3 +295,13 @@ def test_a_real_time_priority_is_the_loops_alone_and_ends_with_the_run() -> None
 def test_a_priority_that_the_system_refuses() -> None:
     with pytest.raises(PermissionError, match=r"priority 100 was refused .*\[1, 99\]"):
         RealClock(priority=100).__enter__()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness of a thread is Linux's")
+def test_calls_give_way_to_the_loop() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    with RealClock() as clock:
+        of_call, _ = clock.start(niceness).result()
+    assert of_call == min(niceness() + 5, 19)
