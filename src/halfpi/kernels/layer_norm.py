@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfpi.kernels.rms_norm import NORM_EPS
+from halfpi.kernels.rms_norm import NORM_EPS, norm_problem
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
@@ -22,12 +22,9 @@ from halfpi.kernels.spec import (
     Device,
     KernelSpec,
     Launch,
-    Output,
     Problem,
     check,
     check_output,
-    moved_bytes,
-    poisoned_output,
     row_launches,
 )
 from halfpi.kernels.tile import begin, partial_row, scalar, store, valid_count
@@ -131,26 +128,7 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
         inputs["partials"] = torch.randn(splits, m, d, device=device).to(case.workspace_dtype)
         inputs["alpha"] = torch.full((1,), 0.5, device=device)
         inputs["partials_bias"] = torch.randn(d, device=device)
-    valid = torch.arange(m) < case["valid"]
-    x, output = (
-        Output(inputs["x"].clone(), valid=valid),
-        poisoned_output((m, d), case, device, valid),
-    )
-    count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
-    return Problem(
-        run=lambda: layer_norm(
-            **{**inputs, "x": x.tensor},
-            out=output.tensor,
-            launch=launch,
-            scale=output.scale,
-            count=count,
-        ),
-        reference=layer_norm_reference,
-        inputs=inputs,
-        outputs=(x, output) if splits else (output,),
-        flops=(7 + splits) * m * d,
-        bytes=moved_bytes(inputs, output.tensor, *([x.tensor] if splits else [])),
-    )
+    return norm_problem(layer_norm, layer_norm_reference, inputs, case, launch, flops=7)
 
 
 def _launches(case: Case, device: Device) -> tuple[Launch, ...]:

@@ -6,7 +6,7 @@ residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import triton
@@ -122,24 +122,38 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
     if splits:
         inputs["partials"] = torch.randn(splits, m, d, device=device).to(case.workspace_dtype)
         inputs["alpha"] = torch.full((1,), 0.5, device=device)
+    return norm_problem(rms_norm, rms_norm_reference, inputs, case, launch, flops=4)
+
+
+def norm_problem(
+    norm: Callable[..., None],
+    reference: Callable[..., tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor],
+    case: Case,
+    launch: Launch,
+    flops: int,
+) -> Problem:
+    """A `norm` of `inputs`, among them x (m, d) and maybe partials, of which some rows are valid.
+
+    flops: of each value, without its share of the partials.
+    """
+    (m, d), splits, device = inputs["x"].shape, case["splits"], inputs["x"].device
     valid = torch.arange(m) < case["valid"]
-    x, output = (
-        Output(inputs["x"].clone(), valid=valid),
-        poisoned_output((m, d), case, device, valid),
-    )
+    x = Output(inputs["x"].clone(), valid=valid)
+    output = poisoned_output((m, d), case, device, valid)
     count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     return Problem(
-        run=lambda: rms_norm(
+        run=lambda: norm(
             **{**inputs, "x": x.tensor},
             out=output.tensor,
             launch=launch,
             scale=output.scale,
             count=count,
         ),
-        reference=rms_norm_reference,
+        reference=reference,
         inputs=inputs,
         outputs=(x, output) if splits else (output,),
-        flops=(4 + splits) * m * d,
+        flops=(flops + splits) * m * d,
         bytes=moved_bytes(inputs, output.tensor, *([x.tensor] if splits else [])),
     )
 
