@@ -128,7 +128,7 @@ def main() -> int:
         "overhead_ms": _percentiles(overhead),
         "clients": args.clients,
         "replies": {"least": min(counts), "most": max(counts), "all": sum(counts)},
-        "round_trip_ms": {**_percentiles(everyone), "max": max(everyone)},
+        "round_trip_ms": {**_percentiles(everyone), "max": max(everyone, default=0.0)},
         "starved": starved,
         "disconnected": len(lost),
         "server_rss_mib": {"half_time": memory[0] / 2**20, "end": memory[1] / 2**20},
@@ -232,6 +232,8 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
+    if not values:
+        raise SystemExit("serve_load: no reply came in time; ask for more --seconds")
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return {"p50": p50, "p90": p90, "p99": p99}
 
