@@ -44,8 +44,9 @@ python benchmarks/study.py --report   # this document
 - *Effective Hz* is the number of the policy's actions executed, over the real time its calls took:
   the control rate at which inference would be busy all the time. The times are those of nano in
   fp32 on one core of the CPU that played, so only ratios say something about other machines, and
-  those of reuse depend on how large a part of a call is vision there. Simulated delay is no part
-  of it.
+  those of reuse depend on how large a part of a call is vision there. Settings that were played at
+  different times shared their cores with different work: those with 4 actions a call compare with
+  each other. Simulated delay is no part of it.
 - Asynchronous schedulers begin a call when 8 of 16 actions are left, so that up to a delay of 8 a
   chunk serves for 8 steps, as with the receding horizon.
 """
