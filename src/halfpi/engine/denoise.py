@@ -11,7 +11,7 @@ from halfpi.config import Pi05Config
 from halfpi.engine.operations import Operations, Pending
 from halfpi.engine.packing import ExpertLayer, ExpertWeights
 from halfpi.engine.prefill import Cache
-from halfpi.model import Pi05
+from halfpi.model import Pi05, schedule_times
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,6 @@ class DenoiseInputs:
     target: Tensor
     pull: Tensor
     gains: Tensor
-
-
-def schedule_times(num_steps: int) -> list[float]:
-    """The time of each Euler step, from 1 (noise) on (LeRobot flow_matching.py)."""
-    return [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from torch import Tensor
 from halfpi.config import Pi05Config
 from halfpi.engine.operations import Operations, Pending
 from halfpi.engine.packing import Matrix, PrefixLayer, PrefixWeights
-from halfpi.model.attention import ROPE_BASE
+from halfpi.model.attention import rotation
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Cache:
         """A cache of zeros: rows that nothing has written yet must at least be finite."""
         shape = (config.depth, rows, config.kv_heads, config.head_dim)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        half = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
-        angles = torch.arange(rows, device=device)[:, None] * ROPE_BASE**-half
-        return cls(keys, values, angles.cos(), angles.sin())
+        factors = rotation(torch.arange(rows, device=device)[None], config.head_dim)
+        half = config.head_dim // 2  # the other half repeats it; sin has its sign there
+        cos, sin = (table[0, :, 0, half:].contiguous() for table in factors)
+        return cls(keys, values, cos, sin)
 
 
 class PrefillStage:

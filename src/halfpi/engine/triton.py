@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from halfpi.config import EngineConfig
-from halfpi.engine.denoise import schedule_times
 from halfpi.engine.plan import make_plan
 from halfpi.engine.stopwatch import Stopwatch
-from halfpi.model import Guidance, Pi05
+from halfpi.model import Guidance, Pi05, schedule_times
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.quant import Scales
 from halfpi.types import StageTimes
@@ -73,9 +72,9 @@ class TritonEngine:
         self._check_actions(noise, given)
         watch = Stopwatch(self.device)
         if inputs is not None:
-            places = self._check(inputs, kept)
+            places, tokens = self._check(inputs, kept)
             self._prefix_ready = False
-            self._set_prompt(inputs, len(places))
+            self._set_prompt(tokens, len(places))
         self._set_actions(noise, num_steps, given, guidance)
         self.plan.staging.upload()
         if inputs is not None:
@@ -103,8 +102,8 @@ class TritonEngine:
     def _prefill_replay(self, count: int) -> Callable[[], None]:
         return next(replay for rows, replay in self.plan.prefill.items() if rows >= count)
 
-    def _check(self, inputs: ModelInputs, kept: Collection[int]) -> list[int]:
-        """The places of the cameras that are there."""
+    def _check(self, inputs: ModelInputs, kept: Collection[int]) -> tuple[list[int], Tensor]:
+        """The places of the cameras that are there, and the prompt's tokens without padding."""
         images, engine = inputs.images, self.engine_config
         size = self.config.image_size
         layout = {torch.uint8: (size, size, 3), torch.float32: (3, size, size)}.get(images.dtype)
@@ -130,7 +129,7 @@ class TritonEngine:
             raise ValueError("the inputs have neither an image nor a token")
         for place in set(places).intersection(kept).difference(self._blocks):
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
-        return places
+        return places, tokens
 
     def _check_actions(self, noise: Tensor, given: Tensor | None) -> None:
         h, a = self.config.horizon, self.config.action_dim
@@ -139,8 +138,8 @@ class TritonEngine:
         if given is not None and (given.ndim != 2 or len(given) > h or given.shape[1] != a):
             raise ValueError(f"given must have shape (0 to {h}, {a}), got {tuple(given.shape)}")
 
-    def _set_prompt(self, inputs: ModelInputs, cameras: int) -> None:
-        host, tokens = self.plan.staging.host, inputs.tokens[inputs.token_mask]
+    def _set_prompt(self, tokens: Tensor, cameras: int) -> None:
+        host = self.plan.staging.host
         images = cameras * self.config.tokens_per_image
         host["tokens"][: len(tokens)] = tokens
         host["image_count"].fill_(images)

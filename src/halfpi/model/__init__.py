@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from halfpi.model.gemma import PrefixCache
 from halfpi.model.guidance import Guidance
-from halfpi.model.pi05 import Pi05
+from halfpi.model.pi05 import Pi05, schedule_times
 
-__all__ = ["Guidance", "Pi05", "PrefixCache"]
+__all__ = ["Guidance", "Pi05", "PrefixCache", "schedule_times"]

@@ -183,7 +183,7 @@ class Pi05(nn.Module):
         Modulations are (1, 1, 3d), or (1, h, 3d) if the first actions are decided. They depend on
         the schedule alone, so all steps share one product per norm.
         """
-        times = [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
+        times = schedule_times(num_steps)
         # The same numbers on the device: a CUDA graph cannot hold a copy of them from the host.
         steps = torch.arange(num_steps, dtype=torch.float64, device=noise.device)
         table_times = (1.0 + steps * (-1.0 / num_steps)).float()
@@ -196,6 +196,11 @@ class Pi05(nn.Module):
             else:
                 own = [table[step] for table in by_norm]
             yield times[step], own
+
+
+def schedule_times(num_steps: int) -> list[float]:
+    """The time of each Euler step, from 1 (noise) on (LeRobot flow_matching.py)."""
+    return [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
 
 
 def time_embedding(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
