@@ -26,6 +26,8 @@ class Launches:
         self._torch_device = device
         self._device = Device.of(device) if device.type == "cuda" else _INTERPRETED
         self._workspace: dict[tuple[object, ...], Tensor] = {}
+        # Every layer, step and graph asks again for the same few.
+        self._looked_up: dict[tuple[object, ...], Any] = {}
 
     def row(self, width: int) -> Launch:
         """Of a kernel in which one program has a whole row."""
@@ -33,7 +35,10 @@ class Launches:
 
     def of(self, kernel: str, x: Tensor, out_dtype: torch.dtype, **sizes: int) -> Any:
         """Of `kernel`, the name of a spec, that reads `x` at the `sizes` of the spec's cases."""
-        return best(kernel, sizes, x.dtype, out_dtype, self._device)
+        key = (kernel, *sorted(sizes.items()), x.dtype, out_dtype)
+        if key not in self._looked_up:
+            self._looked_up[key] = best(kernel, sizes, x.dtype, out_dtype, self._device)
+        return self._looked_up[key]
 
     def partials(self, x: Tensor, weight: Tensor, launch: TileLaunch) -> Tensor | None:
         """Memory (split_k, m, n) for the partial products of `launch`, if it makes any."""
