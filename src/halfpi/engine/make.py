@@ -72,10 +72,7 @@ def make_engine(
     the backend.
     """
     where = model.action_in.weight.device if device is None else torch.device(device)
-    if config.precision == "fp8" and scales is None:
-        raise ValueError("precision fp8 needs scales, got none; `halfpi calibrate` makes them")
-    if config.precision == "fp8" and scales is not None:
-        scales.check(model.config)
+    scales = _scales_of(model, config, scales)
     if config.backend == "triton":
         return _triton_engine(model, config, where, scales)
     compiled: Callable[[object], object] = lambda stage: stage  # noqa: E731
@@ -84,12 +81,20 @@ def make_engine(
     return EagerEngine(_in_precision(model, config, scales).to(where), compiled)
 
 
-def _in_precision(model: Pi05, config: EngineConfig, scales: Scales | None) -> Pi05:
+def _scales_of(model: Pi05, config: EngineConfig, scales: Scales | None) -> Scales | None:
+    """`scales`, checked, in fp8; None in other precisions."""
     if config.precision != "fp8":
-        return model.to_dtype(_DTYPES[config.precision])
+        return None
     if scales is None:
-        raise ValueError("precision fp8 needs scales")
-    return FakeQuantPi05(model, scales)
+        raise ValueError("precision fp8 needs scales, got none; `halfpi calibrate` makes them")
+    scales.check(model.config)
+    return scales
+
+
+def _in_precision(model: Pi05, config: EngineConfig, scales: Scales | None) -> Pi05:
+    if scales is not None:
+        return FakeQuantPi05(model, scales)
+    return model.to_dtype(_DTYPES[config.precision])
 
 
 def _triton_engine(
