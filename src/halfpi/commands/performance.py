@@ -118,12 +118,11 @@ def _model_and_case(options: cli.BenchEngine, device: torch.device) -> tuple[Pi0
         model = random_model(PRESETS[options.checkpoint], device=device, dtype=dtype)
     else:
         model = load_model(open_source(options), device=device, dtype=dtype)
-    horizon = model.config.horizon
     case = Case(
         model=options.checkpoint,
         cameras=options.cameras,
         prompt_tokens=options.prompt_tokens,
-        horizon=horizon,
+        horizon=model.config.horizon,
         steps=options.num_steps,
         precision=options.precision,
     )
