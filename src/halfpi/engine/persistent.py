@@ -53,6 +53,7 @@ class PersistentDenoise:
             sizes,
             layers,
             _ends(weights),
+            cache.keys.shape[1],
             cache.keys.device,
             input_scales=_input_scales(matrices) if quantised else None,
             weight_scales=_weight_scales(matrices) if quantised else None,

@@ -1,10 +1,12 @@
 """The denoise stage as one persistent kernel for Hopper: all steps and layers in one launch.
 
 A step of the action expert is a chain of small products with M = h rows. As separate kernels each
-costs more than its bytes, because its ramp is exposed. Here every SM keeps one block for the whole
-stage. Its weights are packed, in the order in which it reads them, into one stream of bytes
-(expert_stream.py); one warp copies the stream into a ring in shared memory and runs ahead of the
-dependency chain, so only latencies of exchanging activations remain.
+costs more than its bytes, because its ramp is exposed. Here 64 SMs keep one block each for the
+whole stage, in clusters of eight: a cluster has one attention head and an eighth of the hidden
+activations, which its blocks hand to each other from shared memory to shared memory. Only what
+sums over clusters goes through L2: twice a layer, and back. The weights of a block are packed, in
+the order in which it reads them, into one stream of bytes (expert_stream.py); a thread copies the
+stream into a ring in shared memory and runs ahead of the dependency chain.
 
 The CUDA source lies in `cuda/` and is compiled at run time through `cuda-core` (extra `hopper`).
 """
@@ -23,6 +25,7 @@ from halfpi.kernels.expert_stream import (
     BLOCKS,
     HEAD_DIM,
     MLP,
+    PEERS,
     Q_HEADS,
     QKV_ROWS,
     WIDTH,
@@ -33,9 +36,10 @@ from halfpi.kernels.spec import FP8, check
 
 NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
-_THREADS = 384
+_LONGEST = {torch.bfloat16: 52, FP8: 64}  # horizons whose activations leave room for the ring
+_THREADS = 640
 _SHARED_BYTES = 232_448
-_COUNTERS = 38
+_COUNTERS = 4  # 128 bytes apart
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,23 @@ class ExpertSizes:
         for name, expected in fixed.items():
             if getattr(self, name) != expected:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
-        for name, most in {"horizon": 64, "action_dim": 32, "steps": 1000, "depth": 1000}.items():
+        if self.precision not in _LONGEST:
+            raise ValueError(f"precision must be bfloat16 or float8_e4m3fn, got {self.precision}")
+        limits = {"action_dim": 32, "steps": 1000, "depth": 1000}
+        for name, most in {"horizon": _LONGEST[self.precision], **limits}.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
-        if self.precision not in (torch.bfloat16, FP8):
-            raise ValueError(f"precision must be bfloat16 or float8_e4m3fn, got {self.precision}")
 
     @property
-    def set_bytes(self) -> int:
-        """Bytes of one set of exchanged buffers (cuda/exchange.cuh)."""
-        operands = (2 * self.width + self.mlp + self.q_heads * self.head_dim) * self.itemsize
-        partials = 2 * 8 * self.width * 4
-        splits = BLOCKS * (self.head_dim * 2 + 4)
-        return self.horizon * (operands + QKV_ROWS * 2 + partials + splits)
+    def buffer_bytes(self) -> int:
+        """Bytes of what blocks exchange through L2 (cuda/exchange.cuh)."""
+        rows = self.horizon * self.width * (self.precision.itemsize + 4 * self.q_heads)
+        return rows + PEERS * 2 * self.head_dim * 2 * 8
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an operand."""
-        return self.precision.itemsize
+    def cache_bytes(self, capacity: int) -> int:
+        """Bytes of `capacity` cached keys and values in the layout of the ring."""
+        tiles = -(-capacity // (PEERS * 128))
+        return self.depth * PEERS * tiles * 2 * 128 * self.head_dim * 2
 
     def defines(self) -> dict[str, int]:
         """Constants of the CUDA source."""
@@ -92,7 +95,7 @@ class ExpertSizes:
             "DEPTH": self.depth,
             "ACTION_DIM": self.action_dim,
             "FP8": int(self.precision == FP8),
-            "SET_BYTES": self.set_bytes,
+            "BUFFER_BYTES": self.buffer_bytes,
             "SHARED_BYTES": _SHARED_BYTES,
         }
 
@@ -210,6 +213,7 @@ class ExpertSteps:
         sizes: ExpertSizes,
         layers: Sequence[ExpertLayer],
         action: ActionWeights,
+        capacity: int,
         device: torch.device,
         *,
         input_scales: Tensor | None = None,
@@ -217,7 +221,7 @@ class ExpertSteps:
     ) -> None:
         """Pack `layers`.
 
-        input_scales: fp32 (steps, depth, 4), of the inputs of qkv, out, gate_up, down, and
+        capacity: rows of the caches of keys and values that calls will bring. input_scales: fp32 (steps, depth, 4), of the inputs of qkv, out, gate_up, down, and
         weight_scales: fp32 (depth, 4), of the matrices; both with E4M3 only. A stored number times
         its scale is the value.
 
@@ -226,6 +230,7 @@ class ExpertSteps:
         sizes.check()
         _check_weights(sizes, layers, action, input_scales, weight_scales)
         self.sizes = sizes
+        self._capacity = capacity
         self._device = device
         self._stream = pack(layers, device)
         self._constants = [
@@ -236,7 +241,9 @@ class ExpertSteps:
                 for scales in (input_scales, weight_scales)
             ),
         ]
-        self._sets = torch.empty(2 * sizes.set_bytes, dtype=torch.uint8, device=device)
+        # Slots of keys that no action fills are multiplied by zero, so they must be finite.
+        self._buffers = torch.zeros(sizes.buffer_bytes, dtype=torch.uint8, device=device)
+        self._cache = torch.empty(sizes.cache_bytes(capacity), dtype=torch.uint8, device=device)
         self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
         self._kernel = _load(sizes.defines(), device)
 
@@ -266,8 +273,7 @@ class ExpertSteps:
         Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
         """
         size = self.sizes
-        capacity = keys.shape[1]
-        cache = (size.depth, capacity, 1, size.head_dim)
+        cache = (size.depth, self._capacity, 1, size.head_dim)
         chunk = (size.horizon, size.action_dim)
         table = (cos.shape[0], size.head_dim // 2)
         for name, tensor, shape, dtype in (
@@ -286,9 +292,9 @@ class ExpertSteps:
         ):  # fmt: skip
             check(name, tensor, shape, dtype)
         _launch(
-            self._kernel, self._device, self._stream, self._sets, self._counters, actions, keys,
-            values, capacity, prefix_count, decided, cos, sin, modulations, target, weights, gains,
-            *self._constants,
+            self._kernel, self._device, self._stream, self._buffers, self._cache, self._counters,
+            actions, keys, values, self._capacity, prefix_count, decided, cos, sin, modulations,
+            target, weights, gains, *self._constants,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Matrices of the action expert as the streams of bytes that the blocks of `expert_steps` read.
 
-A block consumes units of 8192 bytes: 16 bytes of K of every row of a tile, then the next 16 bytes.
-That is the layout in which wgmma reads shared memory, so a unit needs nothing but a copy.
+A block reads tiles: 16 bytes of K of every row of the tile, then the next 16 bytes. That is the
+layout in which wgmma reads shared memory, so any part of a tile needs nothing but a copy.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCKS = 128
-UNIT_BYTES = 8192
+PEERS = 8
 WIDTH, MLP, Q_HEADS, HEAD_DIM = 1024, 4096, 8, 256
+BLOCKS = Q_HEADS * PEERS
 QKV_ROWS = (Q_HEADS + 2) * HEAD_DIM
-_QKV_TILE = 32
-_K_SPLITS = 8
 _CHUNK_BYTES = 16
 
 
@@ -35,58 +33,46 @@ class ExpertLayer:
     down: Tensor
 
 
-def layer_units(itemsize: int) -> tuple[int, int, int, int]:
-    """Units of a block in one layer, of qkv, out, gate_up and down."""
-    rows, depths = (_QKV_TILE, 64, 64, 64), (WIDTH, Q_HEADS * HEAD_DIM // 8, WIDTH, MLP // 8)
-    qkv, out, wide, down = (
-        row * depth * itemsize // UNIT_BYTES for row, depth in zip(rows, depths, strict=True)
-    )
+def layer_bytes(itemsize: int) -> tuple[int, int, int, int]:
+    """Bytes of a block's tiles in one layer, of qkv, out, gate_up and down."""
+    matrices = (QKV_ROWS * WIDTH, WIDTH * Q_HEADS * HEAD_DIM, 2 * MLP * WIDTH, WIDTH * MLP)
+    qkv, out, wide, down = (elements * itemsize // BLOCKS for elements in matrices)
     return qkv, out, wide, down
 
 
 def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
-    """The streams of `layers`: uint8 (blocks, depth, units, 8192) on `device`.
+    """The streams of `layers`: uint8 (blocks, depth, bytes) on `device`.
 
-    Only the first blocks have a part of qkv; the others skip its units, which stay zero.
+    Block 8 · head + rank has 32 rows of its head's q and 8 of k and v; of out and down 128 rows
+    and its head's eighth of K; of gate_up 128 rows.
     """
-    units = layer_units(layers[0].qkv.itemsize)
-    shape = (BLOCKS, len(layers), sum(units), UNIT_BYTES)
-    stream = torch.zeros(shape, dtype=torch.uint8, device=device)
+    sizes = layer_bytes(layers[0].qkv.itemsize)
+    stream = torch.empty(BLOCKS, len(layers), sum(sizes), dtype=torch.uint8, device=device)
     for index, layer in enumerate(layers):
-        qkv, out, wide, down = stream[:, index].split(units, 1)
-        for place, tiles in (
-            (qkv[: QKV_ROWS // _QKV_TILE], _row_tiles(layer.qkv, _QKV_TILE)),
-            (out, _split_tiles(layer.out)),
-            (wide, _row_tiles(_gated_order(layer.gate_up), 64)),
-            (down, _split_tiles(layer.down)),
-        ):
-            place.copy_(tiles.reshape(place.shape))
+        tiles = (
+            _qkv_tiles(layer.qkv),
+            _split_tiles(layer.out),
+            layer.gate_up.unflatten(0, (BLOCKS, -1)),
+            _split_tiles(layer.down),
+        )
+        for place, tile in zip(stream[:, index].split(sizes, 1), tiles, strict=True):
+            place.copy_(_chunks_first(tile))
     return stream
 
 
-def _chunks(weight: Tensor) -> Tensor:
-    """`weight` (n, k) as bytes (n, chunks, 16)."""
-    chunks: Tensor = weight.contiguous().view(torch.uint8).unflatten(1, (-1, _CHUNK_BYTES))
-    return chunks
-
-
-def _row_tiles(weight: Tensor, rows: int) -> Tensor:
-    """Tiles of `rows` rows with all of K: (tiles, chunks, rows, 16)."""
-    tiles: Tensor = _chunks(weight).unflatten(0, (-1, rows))
-    return tiles.transpose(1, 2)
+def _qkv_tiles(qkv: Tensor) -> Tensor:
+    """(blocks, 40, k)."""
+    query, key_value = qkv.split([Q_HEADS * HEAD_DIM, 2 * HEAD_DIM])
+    return torch.cat([part.unflatten(0, (BLOCKS, -1)) for part in (query, key_value)], 1)
 
 
 def _split_tiles(weight: Tensor) -> Tensor:
-    """Tiles of 64 rows and an eighth of K: (tiles, splits, chunks, 64, 16)."""
-    tiles: Tensor = _chunks(weight).unflatten(0, (-1, 64)).unflatten(2, (_K_SPLITS, -1))
-    return tiles.permute(0, 2, 3, 1, 4)
+    """`weight` (1024, k) as (blocks, 128, k/8)."""
+    tiles: Tensor = weight.unflatten(0, (PEERS, -1)).unflatten(2, (Q_HEADS, -1))
+    return tiles.permute(2, 0, 1, 3).flatten(0, 1)
 
 
-def _gated_order(gate_up: Tensor) -> Tensor:
-    """Rows in the order in which one thread of wgmma gets gate and up of four neighbours.
-
-    A thread has columns 2 i and 2 i + 1 of each group of 8: they are gate and up, and four groups
-    make four neighbouring outputs, which are stored as one word.
-    """
-    rows: Tensor = gate_up.unflatten(0, (-1, 4, 4, 2))  # (half tile, thread, group, gate or up)
-    return rows.transpose(1, 2).flatten(0, 3)
+def _chunks_first(tiles: Tensor) -> Tensor:
+    """Bytes (blocks, …) of `tiles` (blocks, rows, k), ordered (chunk of k, row, 16 bytes)."""
+    data: Tensor = tiles.contiguous().view(torch.uint8).unflatten(2, (-1, _CHUNK_BYTES))
+    return data.transpose(1, 2).flatten(1)

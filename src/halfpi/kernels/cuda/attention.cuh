@@ -1,211 +1,211 @@
-// Attention of the actions: block 16 q + s has head q and split s of the keys, then all splits merge.
+// Attention of the actions: a cluster has one head and its blocks share out the keys. A block
+// averages the values of its keys for all rows, then merges all averages of some dimensions.
 #pragma once
-#include "block.cuh"
+#include "product.cuh"
 
 namespace {
 
-struct Split {  // prefix keys first, then keys of actions; both shared out evenly
-  int head, prefix_first, prefix_keys, action_first, keys;
-
-  __device__ Split(const Block& b) {
-    int s = b.index % KEY_SPLITS;
-    head = b.index / KEY_SPLITS;
-    prefix_first = s * b.prefix / KEY_SPLITS;
-    prefix_keys = (s + 1) * b.prefix / KEY_SPLITS - prefix_first;
-    action_first = (s * ROWS + KEY_SPLITS - 1) / KEY_SPLITS;
-    keys = prefix_keys + ((s + 1) * ROWS + KEY_SPLITS - 1) / KEY_SPLITS - action_first;
-  }
-};
-
-// Starts copying what the cache has of keys first … first + 63; keys beyond the split become zeros.
-__device__ __forceinline__ void fetch_prefix(const Block& b, const Split& split, const char* keys,
-                                             const char* values, int first) {
-  int chunk = b.thread / 32 * 4 + b.lane / 8;
+// Scales logits (64 rows, N keys), of which the first `valid` count, and raises `top` to them.
+template <int N>
+__device__ __forceinline__ void scale_logits(float (&logits)[N / 2], int lane, int valid,
+                                             float (&top)[2]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    int slot = 8 * i + b.lane % 8, key = first + slot;
-    bool cached = key < split.prefix_keys;
-    if (cached || key >= split.keys) {
-      long from = (cached ? split.prefix_first + key : 0) * (HEAD * 2L) + chunk * 16;
-      u32 to = b.shared + chunk * 1024 + slot * 16;
-      copy_async(to + KEYS, keys + from, cached);
-      copy_async(to + VALUES, values + from, cached);
-    }
+  for (int i = 0; i < N / 2; ++i) {
+    bool counts = i / 4 * 8 + 2 * (lane % 4) + i % 2 < valid;
+    logits[i] = counts ? logits[i] * LOGIT_SCALE : -infinity();
+    top[i / 2 % 2] = fmaxf(top[i / 2 % 2], logits[i]);
   }
 }
 
-// Keys and values of actions among keys first … first + 63: at most four rows, 16 bytes a thread.
-__device__ __forceinline__ void fetch_actions(const Block& b, const Split& split, const char* set,
-                                              int first) {
-  int chunk = b.thread % 32, key = split.prefix_keys + b.thread / 32 % 4;
-  int head = HEADS + b.thread / 128;
-  const uint4* from = reinterpret_cast<const uint4*>(set + QKV) + (head * 32 + chunk) * ROWS +
-                      split.action_first + key - split.prefix_keys;
-  u32 to = b.shared + (b.thread / 128 ? VALUES : KEYS) + chunk * 1024 + (key - first) * 16;
-  if (key < split.keys && key >= first && key < first + 64) store_shared(to, load_relaxed(from));
+// Logits become weights, in shared memory from the chunk of their first key on, and in `total`.
+template <int N>
+__device__ __forceinline__ void store_weights(const float (&logits)[N / 2], const Block& b,
+                                              int chunk, const float (&base)[2],
+                                              float (&total)[2]) {
+  const u32 to = b.shared + WEIGHTS + chunk * 1024 + b.row * 16 + b.lane % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 2) {
+    const int r = i / 2 % 2;
+    float even = exp2_fast(logits[i] - base[r]), odd = exp2_fast(logits[i + 1] - base[r]);
+    total[r] += even + odd;
+    store_shared(to + i / 4 * 1024 + r * 128, pack_bf16(even, odd));
+  }
 }
 
-struct Softmax {  // of this thread's two rows
+// Sums or maxima of all groups: each gives (64,), of which a thread wants two rows.
+__device__ __forceinline__ void give(const Block& b, int statistic, const float (&v)[2]) {
+  float* to = b.floats(STATISTICS) + (statistic * GROUPS + b.group) * 64 + b.row;
+  if (b.lane % 4 == 0) to[0] = v[0], to[8] = v[1];
+}
+__device__ __forceinline__ float taken(const Block& b, int statistic, int group, int row) {
+  return b.floats(STATISTICS)[(statistic * GROUPS + group) * 64 + row];
+}
+enum Statistic { HIGHEST, TOTAL, LOG_SUM };
+
+__device__ __forceinline__ float over_quad(float v, bool maximum) {
+#pragma unroll
+  for (int i = 1; i < 4; i *= 2) {
+    float other = __shfl_xor_sync(~0u, v, i);
+    v = maximum ? fmaxf(v, other) : v + other;
+  }
+  return v;
+}
+
+struct Attention {
+  float average[2][16];  // of this thread's rows: dimensions 64 · group + 32 i …
   float highest[2] = {-infinity(), -infinity()}, total[2] = {0.0f, 0.0f};
 
-  // Logits become weights; what was summed before must shrink.
-  __device__ __forceinline__ void update(float (&logits)[32], float (&acc)[64], int lane,
-                                         int keys_left) {
+  // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
+  __device__ __forceinline__ void tile(Block& b, const Split& split, int tile, bool last) {
+    float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
+    multiply<Bf16, TILE / GROUPS, TILE, TILE_CHUNKS, KEY_UNITS, 1>(
+        logits, b, QUERIES, 0, TILE / GROUPS * b.group, AllReady());
+    const int first = tile * TILE + TILE / GROUPS * b.group;
+    scale_logits<TILE / GROUPS>(logits, b.lane, split.keys - first, top);
+    // All have their keys and values now, so nobody reads the products that statistics overwrite.
+    wait(b.shared + RECENT_FULL, b.layer & 1);
+    const bool has_recent = last && b.group == GROUPS - 1;
+    if (has_recent) {
+      recent_logits(recent, b);
+      scale_logits<RECENT_SLOTS>(recent, b.lane, split.recent, top);
+    }
+    top[0] = over_quad(top[0], true), top[1] = over_quad(top[1], true);
+    give(b, HIGHEST, top);
+    all_consumers();
+    float base[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = highest[i];
+      for (int g = 0; g < GROUPS; ++g) top[i] = fmaxf(top[i], taken(b, HIGHEST, g, b.row + 8 * i));
+      base[i] = top[i] == -infinity() ? 0.0f : top[i];
+      float shrink = exp2_fast(highest[i] - base[i]);
+      highest[i] = top[i], total[i] *= shrink;
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        float& logit = logits[j / 2 * 4 + 2 * i + j % 2];
-        bool valid = j / 2 * 8 + 2 * (lane % 4) + j % 2 < keys_left;
-        logit = valid ? logit * LOGIT_SCALE : -infinity();
-        top = fmaxf(top, logit);
+      for (int j = 0; j < 16; ++j) average[j / 8][j % 8 / 2 * 4 + 2 * i + j % 2] *= shrink;
+    }
+    store_weights<TILE / GROUPS>(logits, b, TILE / GROUPS / 8 * b.group, base, sum);
+    if (has_recent) store_weights<RECENT_SLOTS>(recent, b, TILE / 8, base, sum);
+    // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
+    if (b.thread < (last ? 64 : 128)) {
+      const int chunk = TILE / 8 + 1 - b.thread / 64;
+      store_shared(b.shared + WEIGHTS + chunk * 1024 + b.thread % 64 * 16, make_uint4(0, 0, 0, 0));
+    }
+    sum[0] = over_quad(sum[0], false), sum[1] = over_quad(sum[1], false);
+    give(b, TOTAL, sum);
+    fence_async_proxy();
+    all_consumers();
+    for (int g = 0; g < GROUPS; ++g) {
+      for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
+    }
+    add_values(b);
+  }
+
+  __device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) const {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < HEAD / 8; k += 2) {
+      Bf16::mma(logits, descriptor(b.shared + QUERIES + k * ROWS * 16, ROWS * 16, 128),
+                descriptor(b.shared + RECENT_KEYS + k * RECENT_SLOTS * 16, RECENT_SLOTS * 16, 0));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
+  // Each group has the two units with its dimensions.
+  __device__ __forceinline__ void add_values(Block& b) {
+    const u32 weights = b.shared + WEIGHTS;
+    const int unit = b.unit + 2 * b.group;
+    b.wait_full(unit), b.wait_full(unit + 1);
+    __syncwarp();
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int k = 0; k < TILE / 8; k += 2) {
+        Bf16::mma_transposed(average[i], descriptor(weights + k * 1024, 1024, 128),
+                             descriptor(b.slot(unit + i) + k * 128, 128, TILE * 16));
       }
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      float base = top == -infinity() ? 0.0f : top;
-      float shrink = exp2_fast(highest[i] - base);
-      highest[i] = top;
-      total[i] *= shrink;
+      // Both halves of these 16 keys are the same eight, the second with weights of 0.
+      const u32 recent = b.shared + RECENT_VALUES + (8 * b.group + 4 * i) * RECENT_SLOTS * 16;
+      Bf16::mma_transposed(average[i], descriptor(weights + TILE / 8 * 1024, 1024, 128),
+                           descriptor(recent, 0, RECENT_SLOTS * 16));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    b.release(unit, GROUPS), b.release(unit + 1, GROUPS);
+    b.unit += KEY_UNITS;
+  }
+
+  // Averages and log-sums to the peers that merge their dimensions: two of them a group.
+  __device__ __forceinline__ void send(const Block& b) const {
+    float log_sum[2];
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        float& logit = logits[j / 2 * 4 + 2 * i + j % 2];
-        logit = exp2_fast(logit - base);
-        total[i] += logit;
+    for (int i = 0; i < 2; ++i) {
+      const int row = b.row + 8 * i;
+      float inverse = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
+      log_sum[i] = highest[i] + log2f(total[i]);
+      if (row >= ROWS) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int at = j % 4 * 4 + 2 * i;
+        store_shared(b.shared + STAGED + (8 * b.group + j) * ROWS * 16 + row * 16 + b.lane % 4 * 4,
+                     pack_bf16(average[j / 4][at] * inverse, average[j / 4][at + 1] * inverse));
       }
-#pragma unroll
-      for (int j = 0; j < 32; ++j) acc[j / 2 * 4 + 2 * i + j % 2] *= shrink;
+    }
+    give(b, LOG_SUM, log_sum);
+    fence_async_proxy();
+    named_barrier(4 + b.group, 128);
+    if (b.thread % 128 < 2) {
+      const int peer = 2 * b.group + b.thread % 128;
+      const u32 barrier = in_block(b.shared + AVERAGES_FULL, peer);
+      bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE, peer),
+                b.shared + STAGED + peer * AVERAGE_PIECE, AVERAGE_PIECE, barrier);
+      bulk_push(in_block(b.shared + LOG_SUMS + b.rank * 256, peer),
+                b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256, 256, barrier);
     }
   }
 };
 
-// Both groups compute all weights; each averages half of the dimensions.
-__device__ __forceinline__ void attend_block(const Block& b, Softmax& softmax, float (&acc)[64],
-                                             int keys_left) {
-  float logits[32];
+__device__ __forceinline__ void attend(Block& b, const Split& split) {
+  Attention attention;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) logits[i] = 0.0f;
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    Bf16::mma(logits, descriptor(b.shared + OPERANDS + k * 2 * ROWS * 16, ROWS * 16, 128),
-              descriptor(b.shared + KEYS + k * 2048, 1024, 128));
+  for (int i = 0; i < 32; ++i) attention.average[i / 16][i % 16] = 0.0f;
+  b.wait_operand(QUERIES_FULL);
+  const int tiles = key_tiles(b.prefix);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile) all_consumers();  // the weights of the tile before are read
+    attention.tile(b, split, tile, tile == tiles - 1);
   }
-  wgmma_commit();
-  wgmma_wait<0>();
-  softmax.update(logits, acc, b.lane, keys_left);
-  u32 weights[4][4];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) weights[i / 4][i % 4] = pack_bf16(logits[2 * i], logits[2 * i + 1]);
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    mma_weights(acc, weights[k],
-                descriptor(b.shared + VALUES + b.group * 16384 + k * 256, 128, 1024));
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
+  attention.send(b);
 }
 
-__device__ __forceinline__ void attend(Block& b, const Split& split, char* set,
-                                       const char* keys, const char* values) {
-  constexpr int QUERIES = HEAD * 2 * ROWS;
-  if (b.thread == 0) {
-    b.await(QUERY + split.head, HEAD / QKV_ROWS);
-    fence_copies();
-    b.fetch(PIECES - 1, OPERANDS, set + QKV + split.head * QUERIES, QUERIES);
-    b.await(KEYS_VALUES, 2 * HEAD / QKV_ROWS);
-  }
-  all_consumers();
-  Softmax softmax;
-  float acc[64];
+// All splits' averages of eight of this block's dimensions, weighted by their sums, to all peers.
+__device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
+  const int row = b.thread % 64, chunk = b.thread / 64;
+  if (chunk >= HEAD / PEERS / 8 || row >= ROWS) return;
+  wait(b.shared + AVERAGES_FULL, b.layer & 1);
+  float weight[PEERS], highest = -infinity(), total = 0.0f, sum[8] = {};
 #pragma unroll
-  for (int i = 0; i < 64; ++i) acc[i] = 0.0f;
-  for (int first = 0; first == 0 || first < split.keys; first += 64) {
-    if (first) {
-      all_consumers();
-      fetch_prefix(b, split, keys, values, first);
-    }
-    fetch_actions(b, split, set, first);
-    copy_async_wait();
-    fence_async_proxy();
-    all_consumers();
-    if (first == 0) b.wait_for(PIECES - 1);
-    __syncwarp();
-    attend_block(b, softmax, acc, split.keys - first);
-  }
-
-  // Through this group's half of the values, which only it has read, to whole lines of the set.
-  const u32 tile = b.shared + VALUES + b.group * 16384;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float total = softmax.total[i];
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    int row = b.row + 8 * i;
-    int place = (split.head * ROWS + row) * KEY_SPLITS + b.index % KEY_SPLITS;
-    if (row < ROWS && b.group == 0 && b.lane % 4 == 0) {
-      store_relaxed(set + LOG_SUMS + place * 4, __float_as_uint(softmax.highest[i] + log2f(total)));
-    }
-#pragma unroll
-    for (int g = 0; g < 16; ++g) {
-      store_shared(tile + row * 256 + (g ^ row % 8) * 16 + b.lane % 4 * 4,
-                   pack_bf16(acc[4 * g + 2 * i] * inverse, acc[4 * g + 2 * i + 1] * inverse));
-    }
-  }
-  named_barrier(2 + b.group, 128);
-  for (int item = b.thread % 128; item < ROWS * 16; item += 128) {
-    int row = item / 16, chunk = item % 16;
-    long place = (split.head * ROWS + row) * KEY_SPLITS + b.index % KEY_SPLITS;
-    *reinterpret_cast<uint4*>(set + AVERAGES + place * (HEAD * 2) + b.group * 256 + chunk * 16) =
-        load_shared(tile + row * 256 + (chunk ^ row % 8) * 16);
-  }
-  b.publish(AVERAGE + split.head);
-}
-
-// The splits' averages of one row of a head, weighted by their sums; four columns a thread.
-__device__ __forceinline__ void merge_row(const Block& b, char* set, float inverse_scale, int head,
-                                          int row) {
-  int place = (head * ROWS + row) * KEY_SPLITS, column = b.thread % 64;
-  const uint4* log_sums = reinterpret_cast<const uint4*>(set + LOG_SUMS) + place / 4;
-  const uint2* averages = reinterpret_cast<const uint2*>(set + AVERAGES) + long(place) * 64;
-  uint4 l[4];
-  uint2 v[KEY_SPLITS];
-  load(l, log_sums, 0, 1);
-  load(v, averages, column, 64);
-
-  float weight[KEY_SPLITS], highest = -infinity(), total = 0.0f;
-#pragma unroll
-  for (int s = 0; s < KEY_SPLITS; ++s) {
-    const uint4 four = l[s / 4];
-    const u32 words[4] = {four.x, four.y, four.z, four.w};
-    weight[s] = __uint_as_float(words[s % 4]);
+  for (int s = 0; s < PEERS; ++s) {
+    weight[s] = b.floats(LOG_SUMS)[s * 64 + row];
     highest = fmaxf(highest, weight[s]);
   }
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int s = 0; s < KEY_SPLITS; ++s) {
+  for (int s = 0; s < PEERS; ++s) {
     float w = exp2_fast(weight[s] - highest);
     total += w;
-    sum[0] += w * __uint_as_float(v[s].x << 16);
-    sum[1] += w * __uint_as_float(v[s].x & 0xFFFF0000u);
-    sum[2] += w * __uint_as_float(v[s].y << 16);
-    sum[3] += w * __uint_as_float(v[s].y & 0xFFFF0000u);
-  }
-  float inverse = 1.0f / total;
+    uint4 v = load_shared(b.shared + AVERAGES + s * AVERAGE_PIECE + (chunk * ROWS + row) * 16);
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] *= inverse;
-  publish(set + MERGED, row, head * HEAD + 4 * column, sum, inverse_scale);
-}
-
-// Every 16th row of a head, 64 threads a row.
-__device__ __forceinline__ void merge(const Block& b, char* set, float inverse_scale) {
-  int head = b.index / KEY_SPLITS, row = b.index % KEY_SPLITS + b.thread / 64 * KEY_SPLITS;
-  if (b.thread == 0) b.await(AVERAGE + head, KEY_SPLITS);
-  all_consumers();
-  if (row < ROWS) merge_row(b, set, inverse_scale, head, row);
-  b.publish(MERGE + head);
+    for (int i = 0; i < 4; ++i) {
+      sum[2 * i] += w * __uint_as_float(words[i] << 16);
+      sum[2 * i + 1] += w * __uint_as_float(words[i] & 0xFFFF0000u);
+    }
+  }
+  const float inverse = 1.0f / total;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum[i] *= inverse;
+  push_operand(b, MERGED, HEAD / PEERS / 8 * b.rank + chunk, row, sum, inverse_scale, MERGED_FULL);
 }
 
 }  // namespace

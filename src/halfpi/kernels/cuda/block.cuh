@@ -6,28 +6,60 @@ using namespace exchange;
 
 namespace {
 
-constexpr int CONSUMERS = 256, THREADS = 384;
-constexpr int SLOTS = 10, UNIT = 8192;
-constexpr int QKV_ROWS = 32, QKV_BLOCKS = (HEADS + 2) * HEAD / QKV_ROWS;
-constexpr int QKV_UNITS = WIDTH / CHUNK / 16, OUT_UNITS = HEADS * HEAD / K_SPLITS / CHUNK / 8;
-constexpr int WIDE_UNITS = WIDTH / CHUNK / 8, DOWN_UNITS = MLP / K_SPLITS / CHUNK / 8;
-constexpr int LAYER_UNITS = QKV_UNITS + OUT_UNITS + WIDE_UNITS + DOWN_UNITS;
+constexpr int GROUPS = 4, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
+constexpr int THREADS = CONSUMERS + 128;             // of one more, a warp streams, a warp fetches
+constexpr int ROW_THREADS = WIDTH / 4;               // of a block that has a row of the actions
+
+// Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
+constexpr int UNIT = 8192;
+constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 8;
+constexpr int TILE = 128, TILE_CHUNKS = 4;  // of the others, and of keys and values
+constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
+constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK / TILE_CHUNKS;
+constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
+constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
+constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + WIDE_UNITS + DOWN_UNITS) * UNIT;
+constexpr int PIECE_CHUNKS = WIDTH / CHUNK / PEERS;  // of X, which every peer fetches for all
+
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
 using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
-// Shared memory: operands (keys and values in the second half), ring, scratch, barriers.
-constexpr int OPERANDS = 0, KEYS = 65536, VALUES = 98304, RING = 131072;
-constexpr int SCRATCH = RING + SLOTS * UNIT, BARRIERS = SCRATCH + 16384;
-constexpr int PIECES = 9;  // of operands: at most 8 of a product, and queries
-constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, STAGED = EMPTY + 8 * SLOTS;
-constexpr int SUMS = (STAGED + 8 * PIECES + 15) / 16 * 16, ACTIONS = SUMS + 64;
-constexpr int SHARED = ACTIONS + 128;
-static_assert(SHARED <= SHARED_BYTES, "the launcher asks for what the kernel uses");
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// Shared memory. The area has X; then, of a product, its partial sums, one row after another with
+// a stride that spreads over the banks; or the partial sums for a row of the actions; or what
+// attention needs.
+constexpr int AREA = 0, STRIDE = TILE + 8;
+constexpr int WEIGHTS = AREA, STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
+constexpr int STAGED = STATISTICS + 3 * GROUPS * 64 * 4;
+constexpr int RECENT_KEYS = (larger(larger(ROWS * WIDTH * BYTES, 2 * ROWS * STRIDE * 4),
+                                    larger(STAGED + ROWS * HEAD * 2, HEADS * WIDTH * 4) +
+                                        RECENT_BYTES) -
+                             RECENT_BYTES + 127) / 128 * 128;
+constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
+// Queries, later merged averages; what peers averaged. Hidden activations take the place of both.
+constexpr int QUERIES = RECENT_KEYS + RECENT_BYTES, MERGED = QUERIES, HIDDEN = QUERIES;
+constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
+constexpr int RING = (LOG_SUMS + PEERS * 256 + 127) / 128 * 128;
+// A group that skips units must not confuse the parities of a slot: the last unit in it has to be its
+// own, or of before the last barrier. Groups take every second or fourth unit, or two of eight.
+constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT / GROUPS * GROUPS;
+static_assert(SLOTS >= KEY_UNITS, "the ring needs room");
+static_assert(QKV_UNITS % GROUPS + OUT_UNITS % GROUPS + WIDE_UNITS % GROUPS + DOWN_UNITS % GROUPS == 0,
+              "a group has the same slots in all products");
+constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
+constexpr int QUERIES_FULL = X_FULL + 8 * PEERS, AVERAGES_FULL = QUERIES_FULL + 8;
+constexpr int MERGED_FULL = AVERAGES_FULL + 8, HIDDEN_FULL = MERGED_FULL + 8;
+constexpr int RECENT_FULL = HIDDEN_FULL + 8, SUMS_FULL = RECENT_FULL + 8;
+constexpr int SQUARES = SUMS_FULL + 8, ACTIONS = SQUARES + 32;
+static_assert(ACTIONS + 128 <= SHARED_BYTES, "barriers and small things fit");
+constexpr int AVERAGE_PIECE = ROWS * HEAD / PEERS * 2;
 
 struct Arguments {
-  const char* stream;  // (block, layer, unit, 8192 bytes)
-  char* sets;
+  const char* stream;  // (block, layer, LAYER_BYTES)
+  char* buffers;
+  char* cache;         // (layer, split, tile, keys and values, chunk, key, 16 bytes)
   u32* counters;
   float* actions;
   const char *keys, *values;
@@ -49,40 +81,84 @@ struct Scales {  // of the four products of a layer at a step
 #define ALPHA(site) (FP8 ? scales.input.site * scales.weight.site : 1.0f)
 #define INVERSE(site) (FP8 ? 1.0f / scales.input.site : 1.0f)
 
+// Which rows of the cache and of the actions are keys of a split; all are shared out evenly.
+struct Split {
+  int first, keys, first_recent, recent;
+
+  __device__ Split(int split, int prefix) {
+    first = split * prefix / PEERS;
+    keys = (split + 1) * prefix / PEERS - first;
+    first_recent = begin(split);
+    recent = begin(split + 1) - first_recent;
+  }
+  __device__ static int begin(int split) { return (split * ROWS + PEERS - 1) / PEERS; }
+};
+__device__ __forceinline__ int key_tiles(int prefix) {  // of the longest split
+  int longest = (prefix + PEERS - 1) / PEERS;
+  return longest > TILE ? (longest + TILE - 1) / TILE : 1;
+}
+
 struct Block {
   u32 shared;
-  char* scratch;
-  int index, thread, group, warp, lane, row;  // warp of the group; first of the two rows of a thread
-  int unit = 0;                               // of the ring, the next one
-  int layer = 0;                              // over all steps
-  int prefix;
-  u32 phases = 0;                             // parities of `STAGED`
+  char* memory;
+  char* buffers;
   u32* counters;
+  int index, head, rank;         // in the launch; index = 8 head + rank
+  int thread, group, warp, lane;  // warp of the group
+  int row;                       // of the two of a thread in a product, the first: the other is 8 on
+  int prefix;
+  int unit = 0;                  // of the ring, the next one
+  int layer = 0;                 // over all steps
 
-  // All threads of the block have written what `counter` counts.
-  __device__ __forceinline__ void publish(int counter) const {
-    named_barrier(1, CONSUMERS);
-    if (thread == 0) arrive(counters, counter);
+  __device__ __forceinline__ float* floats(int at) const {
+    return reinterpret_cast<float*>(memory + at);
   }
-  // By one thread: `blocks` have written it in this layer.
-  __device__ __forceinline__ void await(int counter, int blocks) const {
-    exchange::await(counters, counter, (layer + 1) * blocks);
+  __device__ __forceinline__ u32 slot(int unit) const { return shared + RING + unit % SLOTS * UNIT; }
+  __device__ __forceinline__ void wait_full(int unit) const {
+    wait(shared + FULL + 8 * (unit % SLOTS), unit / SLOTS & 1);
   }
-  // By thread 0: starts copying a piece of operands.
-  __device__ __forceinline__ void fetch(int piece, u32 to, const char* from, u32 bytes) const {
-    mbarrier_expect(shared + STAGED + 8 * piece, bytes);
-    bulk_copy(shared + to, from, bytes, shared + STAGED + 8 * piece);
+  // By all warps of a group: they are done with a unit, for which all groups give 16 in total.
+  __device__ __forceinline__ void release(int unit, int count) const {
+    if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * (unit % SLOTS), count);
   }
-  __device__ __forceinline__ void wait_for(int piece) {
-    wait(shared + STAGED + 8 * piece, phases >> piece & 1);
-    phases ^= 1u << piece;
+  // For what this layer's peers stored as operands of a product.
+  __device__ __forceinline__ void wait_operand(int barrier) const {
+    wait_cluster(shared + barrier, layer & 1);
+    fence_async_proxy();
   }
-
-  __device__ float4* exchanged(int of) const {
-    return reinterpret_cast<float4*>(scratch) + of * 512 + thread % 128;
+  // The same 8 or 16 bytes to all peers.
+  template <typename T>
+  __device__ __forceinline__ void push(int to, T v, int barrier) const {
+#pragma unroll
+    for (int peer = 0; peer < PEERS; ++peer) {
+      store_async(in_block(shared + to, peer), v, in_block(shared + barrier, peer));
+    }
   }
 };
 
 __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
+
+// Eight neighbours as operands.
+__device__ __forceinline__ uint4 pack_eight_bf16(const float (&v)[8]) {
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                    pack_bf16(v[6], v[7]));
+}
+__device__ __forceinline__ uint2 pack_eight_e4m3(const float (&v)[8], float inverse_scale) {
+  float s[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i] = v[i] * inverse_scale;
+  return make_uint2(pack_e4m3(s[0], s[1], s[2], s[3]), pack_e4m3(s[4], s[5], s[6], s[7]));
+}
+// Columns 8 · eighth … of `row`, to all peers.
+__device__ __forceinline__ void push_operand(const Block& b, int operand, int eighth, int row,
+                                             const float (&v)[8], float inverse_scale,
+                                             int barrier) {
+  if constexpr (FP8) {
+    int to = operand + (eighth / 2 * ROWS + row) * 16 + eighth % 2 * 8;
+    b.push(to, pack_eight_e4m3(v, inverse_scale), barrier);
+  } else {
+    b.push(operand + (eighth * ROWS + row) * 16, pack_eight_bf16(v), barrier);
+  }
+}
 
 }  // namespace

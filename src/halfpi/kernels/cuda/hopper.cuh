@@ -16,8 +16,9 @@ __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(u32 barrier, u32 count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
+               : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_expect(u32 barrier, u32 bytes) {
@@ -30,6 +31,19 @@ __device__ __forceinline__ bool mbarrier_passed(u32 barrier, u32 parity) {
   asm volatile(
       "{\n.reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed;
+}
+
+// Also sees what other blocks of the cluster stored.
+__device__ __forceinline__ bool mbarrier_passed_cluster(u32 barrier, u32 parity) {
+  u32 passed;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}"
       : "=r"(passed)
       : "r"(barrier), "r"(parity)
@@ -59,18 +73,60 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       : "memory");
 }
 
+// The same bytes to the same place in every block of the cluster, and a signal to each.
+__device__ __forceinline__ void bulk_copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier,
+                                                 unsigned short blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// ---- clusters
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+// What a shared address of this block is called in block `rank` of the cluster.
+__device__ __forceinline__ u32 in_block(u32 address, u32 rank) {
+  u32 mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// Shared memory of this block to another one's, whose barrier counts the bytes.
+__device__ __forceinline__ void bulk_push(u32 to, u32 from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_async(u32 to, uint4 v, u32 barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32"
+      " [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_async(u32 to, uint2 v, u32 barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::
+          "r"(to), "r"(v.x), "r"(v.y), "r"(barrier)
+      : "memory");
+}
+
 // ---- other memory operations
-
-// 16 bytes to shared memory without a register in between; zeros unless `valid`.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
 
 __device__ __forceinline__ void store_shared(u32 to, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
@@ -103,31 +159,19 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Loads and stores that go to L2, where other blocks see them; every 4-byte word is atomic.
-__device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint2 load_relaxed(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-
+// Stores that go to L2, where other blocks see them.
 __device__ __forceinline__ void store_relaxed(void* to, u32 a) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(a) : "memory");
 }
 
 __device__ __forceinline__ void store_relaxed(void* to, u32 a, u32 b) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(void* to, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 
@@ -140,6 +184,9 @@ template <int COUNT>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
+
+// The same for all threads of a warp, which the compiler then knows.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
 // ---- number formats; the first argument ends up at the lower address
 
@@ -188,61 +235,65 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 lead, u32 stride) {
          static_cast<u64>(stride >> 4) << 32;
 }
 
-#define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)
-#define D16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define D32 D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define D64                                                                                   \
-  D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
-      "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-
 template <bool B, typename T, typename F>
 struct conditional { using type = T; };
 template <typename T, typename F>
 struct conditional<false, T, F> { using type = F; };
 
+#define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)
+#define D4 "%0,%1,%2,%3"
+#define D16 D4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define D20 D16 ",%16,%17,%18,%19"
+#define D32 D20 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MMA(shape, registers, a, b, flags) \
+  "wgmma.mma_async.sync.aligned." shape " {" registers "}, " a ", " b ", 1, 1, 1" flags ";"
+
 struct Bf16 {
+  __device__ static __forceinline__ void mma(float (&d)[4], u64 a, u64 b) {
+    asm volatile(MMA("m64n8k16.f32.bf16.bf16", D4, "%4", "%5", ", 0, 0") : R4(d, 0)
+                 : "l"(a), "l"(b));
+  }
   __device__ static __forceinline__ void mma(float (&d)[16], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" D16
-                 "}, %16, %17, 1, 1, 1, 0, 0;"
-                 : R16(d, 0)
+    asm volatile(MMA("m64n32k16.f32.bf16.bf16", D16, "%16", "%17", ", 0, 0") : R16(d, 0)
+                 : "l"(a), "l"(b));
+  }
+  __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
+    asm volatile(MMA("m64n40k16.f32.bf16.bf16", D20, "%20", "%21", ", 0, 0")
+                 : R16(d, 0), R4(d, 16)
                  : "l"(a), "l"(b));
   }
   __device__ static __forceinline__ void mma(float (&d)[32], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" D32
-                 "}, %32, %33, 1, 1, 1, 0, 0;"
+    asm volatile(MMA("m64n64k16.f32.bf16.bf16", D32, "%32", "%33", ", 0, 0")
                  : R16(d, 0), R16(d, 16)
+                 : "l"(a), "l"(b));
+  }
+  // B (16, N) instead, rows of B contiguous.
+  __device__ static __forceinline__ void mma_transposed(float (&d)[16], u64 a, u64 b) {
+    asm volatile(MMA("m64n32k16.f32.bf16.bf16", D16, "%16", "%17", ", 0, 1") : R16(d, 0)
                  : "l"(a), "l"(b));
   }
 };
 
 struct E4m3 {
-  __device__ static __forceinline__ void mma(float (&d)[16], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" D16
-                 "}, %16, %17, 1, 1, 1;"
-                 : R16(d, 0)
+  __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
+    asm volatile(MMA("m64n40k32.f32.e4m3.e4m3", D20, "%20", "%21", "")
+                 : R16(d, 0), R4(d, 16)
                  : "l"(a), "l"(b));
   }
   __device__ static __forceinline__ void mma(float (&d)[32], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" D32
-                 "}, %32, %33, 1, 1, 1;"
+    asm volatile(MMA("m64n64k32.f32.e4m3.e4m3", D32, "%32", "%33", "")
                  : R16(d, 0), R16(d, 16)
                  : "l"(a), "l"(b));
   }
 };
 
-// D (64, 128) += A (64, 16) in registers · B (16, 128), rows of B contiguous.
-__device__ __forceinline__ void mma_weights(float (&d)[64], const u32 (&a)[4], u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" D64
-               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-               : R16(d, 0), R16(d, 16), R16(d, 32), R16(d, 48)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
 #undef R4
 #undef R16
+#undef D4
 #undef D16
+#undef D20
 #undef D32
-#undef D64
+#undef MMA
 
 }  // namespace hopper

@@ -4,159 +4,185 @@
 
 namespace {
 
-// (64 rows, N) of `from` · the next UNITS units of the ring. Each group sums half of the units, and
-// ends with half of the columns: result[4 g + i] is column 8 (group · N / 16 + g) + 2 (lane % 4) +
-// i % 2 of row `row` + 8 (i / 2).
-template <int N, int UNIT_CHUNKS, int UNITS>
-__device__ __forceinline__ void product(float (&result)[N / 4], Block& b, const char* from,
-                                        int counter, int writers) {
-  constexpr int BATCH = UNITS / 2 < 16 / UNIT_CHUNKS ? UNITS / 2 : 16 / UNIT_CHUNKS;
-  constexpr int BATCHES = UNITS / 2 / BATCH;
-  constexpr int CHUNKS = BATCH * UNIT_CHUNKS, PIECE = CHUNKS * ROWS * 16;
-  all_consumers();  // the operands of the last product are read
-  if (b.thread == 0) {
-    b.await(counter, writers);
-    fence_copies();
-    for (int p = 0; p < 2 * BATCHES; ++p) b.fetch(p, OPERANDS + p * PIECE, from + p * PIECE, PIECE);
-  }
-  float acc[N / 2];
+// result (64 rows, N) = operand · units first, first + STEP … of the ring's next UNITS. A unit has
+// ROWS_W rows of weights, of which N from `column` on count.
+template <typename F, int N, int ROWS_W, int CHUNKS, int UNITS, int STEP, typename Ready>
+__device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int operand, int first,
+                                         int column, Ready ready) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-#pragma unroll
-  for (int t = 0; t < BATCHES; ++t) {
-    const u32 a = b.shared + OPERANDS + (2 * t + b.group) * PIECE;
-    b.wait_for(2 * t + b.group);
-    const int first = b.unit + (2 * t + b.group) * BATCH;
-    for (int unit = first; unit < first + BATCH; ++unit) {
-      wait(b.shared + FULL + 8 * (unit % SLOTS), unit / SLOTS & 1);
-    }
+  for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
+  const u32 from = b.shared + operand;
+#pragma unroll 1
+  for (int u = first; u < UNITS; u += STEP) {
+    ready(u);
+    b.wait_full(b.unit + u);
     __syncwarp();
+    const u32 weights = b.slot(b.unit + u) + column * 16;
     wgmma_fence();
 #pragma unroll
-    for (int u = 0; u < BATCH; ++u) {
-      u32 w = b.shared + RING + (first + u) % SLOTS * UNIT;
-#pragma unroll
-      for (int k = 0; k < UNIT_CHUNKS / 2; ++k) {
-        Format::mma(acc, descriptor(a + (u * UNIT_CHUNKS + 2 * k) * ROWS * 16, ROWS * 16, 128),
-                    descriptor(w + 2 * k * N * 16, N * 16, 128));
-      }
+    for (int k = 0; k < CHUNKS; k += 2) {
+      F::mma(result, descriptor(from + (u * CHUNKS + k) * ROWS * 16, ROWS * 16, 128),
+             descriptor(weights + k * ROWS_W * 16, ROWS_W * 16, 128));
     }
     wgmma_commit();
-    if (t > 0) {
+    if (u != first) {
       wgmma_wait<1>();
-      for (int u = 0; u < BATCH && b.lane == 0; ++u) {
-        int unit = b.unit + (2 * t - 2 + b.group) * BATCH + u;
-        mbarrier_arrive(b.shared + EMPTY + 8 * (unit % SLOTS));
-      }
+      b.release(b.unit + u - STEP, STEP);
     }
   }
   wgmma_wait<0>();
-  for (int u = 0; u < BATCH && b.lane == 0; ++u) {
-    int unit = b.unit + (2 * BATCHES - 2 + b.group) * BATCH + u;
-    mbarrier_arrive(b.shared + EMPTY + 8 * (unit % SLOTS));
-  }
+  b.release(b.unit + UNITS - STEP + first, STEP);
   b.unit += UNITS;
-
-  constexpr int HALF = N / 4;
-  float4* mine = b.exchanged(b.group);
-#pragma unroll
-  for (int g = 0; g < HALF / 4; ++g) {
-    const int i = 4 * g;
-    mine[g * 128] = b.group ? make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3])
-                            : make_float4(acc[HALF + i], acc[HALF + i + 1], acc[HALF + i + 2],
-                                          acc[HALF + i + 3]);
-  }
-  all_consumers();
-  const float4* other = b.exchanged(1 - b.group);
-#pragma unroll
-  for (int g = 0; g < HALF / 4; ++g) {
-    float4 o = other[g * 128];
-    const int i = 4 * g;
-    result[i] = o.x + (b.group ? acc[HALF + i] : acc[i]);
-    result[i + 1] = o.y + (b.group ? acc[HALF + i + 1] : acc[i + 1]);
-    result[i + 2] = o.z + (b.group ? acc[HALF + i + 2] : acc[i + 2]);
-    result[i + 3] = o.w + (b.group ? acc[HALF + i + 3] : acc[i + 3]);
-  }
 }
 
-// Partial sums fp32 (split, row, d): block 8 i + s has columns 64 i … of split s.
-__device__ __forceinline__ void publish_partial(const float (&result)[16], const Block& b,
-                                                char* partials, float alpha) {
-#pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    int column = b.index / K_SPLITS * 64 + 8 * (4 * b.group + g) + 2 * (b.lane % 4);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int row = b.row + 8 * i;
-      float* to = reinterpret_cast<float*>(partials) +
-                  (b.index % K_SPLITS * ROWS + row) * WIDTH + column;
-      if (row < ROWS) {
-        store_relaxed(to, __float_as_uint(alpha * result[4 * g + 2 * i]),
-                      __float_as_uint(alpha * result[4 * g + 2 * i + 1]));
-      }
-    }
-  }
-}
-
-// Queries, keys and values of the actions, bf16, as operands of one head after another.
-struct QkvRope {
-  float2 turn[2][2];  // cosine and sine of this thread's pairs and rows, the same in every layer
-
-  __device__ int column(const Block& b, int g) const {
-    return b.index * QKV_ROWS + 8 * (2 * b.group + g) + 2 * (b.lane % 4);
-  }
-  __device__ void load(const Block& b, const Arguments& a) {
-    for (int g = 0; g < 2; ++g) {
-      for (int i = 0; i < 2; ++i) {
-        int n = column(b, g), row = b.row + 8 * i;
-        long at = long(b.prefix + row) * (HEAD / 2) + n % HEAD / 2;
-        bool turns = row < ROWS && n < (HEADS + 1) * HEAD;
-        turn[g][i] = turns ? make_float2(a.cos[at], a.sin[at]) : make_float2(1.0f, 0.0f);
-      }
-    }
-  }
-  __device__ __forceinline__ void run(Block& b, char* set, float alpha) const {
-    float result[8];
-    product<QKV_ROWS, 16, QKV_UNITS>(result, b, set + X, ROWS_1, ROWS);
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      int n = column(b, g);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float even = alpha * result[4 * g + 2 * i], odd = alpha * result[4 * g + 2 * i + 1];
-        float c = turn[g][i].x, s = turn[g][i].y;
-        int row = b.row + 8 * i;
-        char* to = set + QKV + (n / 8 * ROWS + row) * 16 + n % 8 * 2;
-        if (row < ROWS) store_relaxed(to, pack_bf16(even * c - odd * s, odd * c + even * s));
-      }
-    }
-    int head = b.index * QKV_ROWS / HEAD;
-    b.publish(head < HEADS ? QUERY + head : KEYS_VALUES);
+// Waits for the piece of X with a unit, exchanged twice a layer.
+template <int CHUNKS>
+struct PieceReady {
+  const Block& b;
+  int parity;
+  __device__ __forceinline__ void operator()(int unit) const {
+    wait(b.shared + X_FULL + 8 * (unit * CHUNKS / PIECE_CHUNKS), parity);
   }
 };
+struct AllReady {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
+// Rows of a group's result to its place among the partial sums.
+template <int N>
+__device__ __forceinline__ void store_partial(const float (&result)[N / 2], const Block& b,
+                                              float* to, int stride) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int row = b.row + 8 * i;
+    if (row >= ROWS) continue;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      *reinterpret_cast<float2*>(to + row * stride + 8 * j + 2 * (b.lane % 4)) =
+          make_float2(result[4 * j + 2 * i], result[4 * j + 2 * i + 1]);
+    }
+  }
+}
+
+// alpha · Σ over PARTS partial sums that lie PART floats apart.
+template <int COUNT, int PARTS, int PART>
+__device__ __forceinline__ void sum_partials(float (&v)[COUNT], const float* from, float alpha) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+      float4 part = *reinterpret_cast<const float4*>(from + p * PART + i);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    v[i] = alpha * sum.x, v[i + 1] = alpha * sum.y;
+    v[i + 2] = alpha * sum.z, v[i + 3] = alpha * sum.w;
+  }
+}
+
+// Eight neighbours of a row turn by the angles of its position, bf16.
+struct Turn {
+  float cos[4], sin[4];
+
+  __device__ void load(const Arguments& a, long position, int column, bool turns) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      long at = position * (HEAD / 2) + column / 2 + i;
+      cos[i] = turns ? a.cos[at] : 1.0f, sin[i] = turns ? a.sin[at] : 0.0f;
+    }
+  }
+  __device__ __forceinline__ uint4 apply(const float (&v)[8]) const {
+    float w[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      w[2 * i] = v[2 * i] * cos[i] - v[2 * i + 1] * sin[i];
+      w[2 * i + 1] = v[2 * i + 1] * cos[i] + v[2 * i] * sin[i];
+    }
+    return pack_eight_bf16(w);
+  }
+};
+
+// Queries of this block's share of its head, to all peers; eight columns of keys or values, by the
+// last threads, to all blocks.
+__device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
+  constexpr int PART = ROWS * QKV_TILE, QUERY_CHUNKS = HEAD / PEERS / 8, LAST = CONSUMERS - 64;
+  const bool recent = b.thread >= LAST;
+  const int chunk = recent ? QUERY_CHUNKS : b.thread / 64, row = b.thread % 64;
+  const bool finishes = row < ROWS && (recent || chunk < QUERY_CHUNKS);
+  const int column = recent ? 8 * b.index % HEAD : HEAD / PEERS * b.rank + 8 * chunk;
+  Turn turn;
+  turn.load(a, b.prefix + row, column, finishes && !(recent && 8 * b.index >= HEAD));
+
+  float result[QKV_TILE / 2];
+  multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, QKV_UNITS, GROUPS>(
+      result, b, AREA, b.group, 0, PieceReady<QKV_CHUNKS>{b, 0});
+  all_consumers();  // X is read
+  store_partial<QKV_TILE>(result, b, b.floats(AREA) + b.group * PART, QKV_TILE);
+  all_consumers();
+  if (finishes) {
+    float v[8];
+    sum_partials<8, GROUPS, PART>(v, b.floats(AREA) + row * QKV_TILE + 8 * chunk, alpha);
+    const uint4 turned = turn.apply(v);
+    if (recent) {
+      int split = row * PEERS / ROWS, slot = row - Split::begin(split);
+      store_relaxed(b.buffers + RECENT + ((split * BLOCKS + b.index) * RECENT_SLOTS + slot) * 16,
+                    turned);
+    } else {
+      b.push(QUERIES + ((QUERY_CHUNKS * b.rank + chunk) * ROWS + row) * 16, turned, QUERIES_FULL);
+    }
+  }
+  if (recent) {
+    named_barrier(3, CONSUMERS - LAST);
+    if (b.thread == LAST) arrive(b.counters, RECENT_DONE);
+  }
+}
+
+// The next UNITS of tiles of 128 rows: each group has half of the rows and every other unit. Ends
+// with two partial sums in the area.
+constexpr int WIDE_PART = ROWS * STRIDE;
+template <int UNITS, typename Ready>
+__device__ __forceinline__ void wide_product(Block& b, int operand, Ready ready) {
+  const int column = b.group % 2 * (TILE / 2), part = b.group / 2;
+  float result[TILE / 4];
+  multiply<Format, TILE / 2, TILE, TILE_CHUNKS, UNITS, 2>(result, b, operand, part, column, ready);
+  all_consumers();  // what lay in the area is read
+  store_partial<TILE / 2>(result, b, b.floats(AREA) + part * WIDE_PART + column, STRIDE);
+  all_consumers();
+}
+
+// Columns 128 · rank … of a cluster's share of the out or down projection.
+template <int UNITS>
+__device__ __forceinline__ void project(Block& b, int operand, int barrier, float alpha) {
+  b.wait_operand(barrier);
+  wide_product<UNITS>(b, operand, AllReady());
+  float* to = reinterpret_cast<float*>(b.buffers + SUMS) + b.head * WIDTH + b.rank * TILE;
+#pragma unroll 1
+  for (int row = b.thread / 32; row < ROWS; row += CONSUMERS / 32) {
+    float v[4];
+    sum_partials<4, 2, WIDE_PART>(v, b.floats(AREA) + row * STRIDE + 4 * b.lane, alpha);
+    store_relaxed(to + row * (HEADS * WIDTH) + 4 * b.lane,
+                  make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                             __float_as_uint(v[3])));
+  }
+  all_consumers();
+  if (b.thread == 0) arrive(b.counters, SUMS_DONE);
+}
 
 __device__ __forceinline__ float gated(float gate, float up) {
   float u = 1.5957691216f * (gate + 0.044715f * gate * gate * gate);  // 2 √(2/π) …
   return __fdividef(gate, 1.0f + exp2_fast(-1.44269504f * u)) * up;
 }
 
-// The packing gives each thread four neighbouring columns, gate and up side by side.
-__device__ __forceinline__ void geglu(Block& b, char* set, float alpha, float inverse_scale) {
-  float result[16];
-  product<64, 8, WIDE_UNITS>(result, b, set + X2, ROWS_2, ROWS);
+// Gate and up lie side by side; eight hidden columns a thread.
+__device__ __forceinline__ void geglu(Block& b, float alpha, float inverse_scale) {
+  wide_product<WIDE_UNITS>(b, AREA, PieceReady<TILE_CHUNKS>{b, 1});
+  const int row = b.thread % 64, eighth = b.thread / 64;
+  if (row >= ROWS) return;
+  float wide[16], hidden[8];
+  sum_partials<16, 2, WIDE_PART>(wide, b.floats(AREA) + row * STRIDE + 16 * eighth, alpha);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float v[4];
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      v[g] = gated(alpha * result[4 * g + 2 * i], alpha * result[4 * g + 2 * i + 1]);
-    }
-    int row = b.row + 8 * i;
-    if (row < ROWS) {
-      publish(set + HIDDEN, row, b.index * 32 + b.group * 16 + b.lane % 4 * 4, v, inverse_scale);
-    }
-  }
-  b.publish(GATED + b.index / (BLOCKS / K_SPLITS));
+  for (int i = 0; i < 8; ++i) hidden[i] = gated(wide[2 * i], wide[2 * i + 1]);
+  push_operand(b, HIDDEN, 8 * b.rank + eighth, row, hidden, inverse_scale, HIDDEN_FULL);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 namespace {
 
+__device__ __forceinline__ void row_threads() { named_barrier(2, ROW_THREADS); }
+
 struct Row {
   float x[4];  // columns 4 · thread …
   float4 gate, scale, shift;
@@ -29,32 +31,29 @@ struct Row {
     x[0] = sum.x, x[1] = sum.y, x[2] = sum.z, x[3] = sum.w;
   }
 
-  // x += gate · Σ partials, in order.
-  __device__ void add(const Block& b, const char* partials, int row) {
-    all_consumers();
-    const uint4* from = reinterpret_cast<const uint4*>(partials) + row * (WIDTH / 4);
-    uint4 v[K_SPLITS];
-    constexpr int STRIDE = ROWS * WIDTH / 4;
-    exchange::load(v, from, b.thread, STRIDE);
+  // x += gate · Σ of all clusters, in order.
+  __device__ void add(const Block& b) {
+    const float4* from = reinterpret_cast<const float4*>(b.memory + AREA) + b.thread;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int s = 0; s < K_SPLITS; ++s) {
-      sum[0] += __uint_as_float(v[s].x), sum[1] += __uint_as_float(v[s].y);
-      sum[2] += __uint_as_float(v[s].z), sum[3] += __uint_as_float(v[s].w);
+    for (int c = 0; c < HEADS; ++c) {
+      float4 v = from[c * (WIDTH / 4)];
+      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
     x[0] += gate.x * sum[0], x[1] += gate.y * sum[1];
     x[2] += gate.z * sum[2], x[3] += gate.w * sum[3];
   }
 
-  __device__ void norm(const Block& b, float* sums, float (&y)[4]) const {
+  __device__ void norm(const Block& b, float (&y)[4]) const {
+    float* squares = b.floats(SQUARES);
     float square = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
 #pragma unroll
     for (int i = 16; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
-    if (b.lane == 0) sums[b.thread / 32] = square;
-    all_consumers();
+    if (b.lane == 0) squares[b.thread / 32] = square;
+    row_threads();
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < CONSUMERS / 32; ++i) total += sums[i];
+    for (int i = 0; i < ROW_THREADS / 32; ++i) total += squares[i];
     float inverse = rsqrtf(total / WIDTH + EPS);
     y[0] = x[0] * inverse * (1.0f + scale.x) + shift.x;
     y[1] = x[1] * inverse * (1.0f + scale.y) + shift.y;
@@ -62,13 +61,27 @@ struct Row {
     y[3] = x[3] * inverse * (1.0f + scale.w) + shift.w;
   }
 
+  // To all blocks, as operands.
+  __device__ void publish(const Block& b, int row, const float (&y)[4], float inverse_scale) const {
+    const int column = 4 * b.thread;
+    char* to = b.buffers + X + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
+    if (FP8) {
+      store_relaxed(to, pack_e4m3(y[0] * inverse_scale, y[1] * inverse_scale,
+                                  y[2] * inverse_scale, y[3] * inverse_scale));
+    } else {
+      store_relaxed(to, pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]));
+    }
+    row_threads();
+    if (b.thread == 0) arrive(b.counters, ROWS_DONE);
+  }
+
   // The velocity of this row, guided, moves its actions, unless they are decided.
   __device__ void move(const Block& b, const Arguments& a, const float (&y)[4], float* actions,
                        int step, int row, bool decided) const {
-    float4* hidden = reinterpret_cast<float4*>(b.scratch);
+    float4* hidden = reinterpret_cast<float4*>(b.memory + AREA);
     hidden[b.thread] = make_float4(y[0], y[1], y[2], y[3]);
-    all_consumers();
-    for (int i = b.thread / 32; i < ACTION_DIM; i += CONSUMERS / 32) {
+    row_threads();
+    for (int i = b.thread / 32; i < ACTION_DIM; i += ROW_THREADS / 32) {
       const float4* w = reinterpret_cast<const float4*>(a.weight_out + i * WIDTH);
       float dot = 0.0f;
 #pragma unroll
@@ -87,7 +100,7 @@ struct Row {
         actions[i] -= (velocity - a.gains[step] * error) * (1.0f / STEPS);
       }
     }
-    all_consumers();
+    row_threads();
   }
 };
 

@@ -1,0 +1,103 @@
+// The warps that do not compute: one thread streams weights and cached keys and values into the
+// ring, another waits for what other blocks write and starts copying it.
+#pragma once
+#include "block.cuh"
+
+namespace {
+
+// A thread's place in the ring when it fills it.
+struct Filler {
+  u32 shared;
+  int slot = 0;
+  u32 parity = 1;  // of the slot before this turn: the first turn does not wait
+
+  template <typename Copy>
+  __device__ __forceinline__ void fill(u32 bytes, Copy copy) {
+    wait(shared + EMPTY + 8 * slot, parity);
+    mbarrier_expect(shared + FULL + 8 * slot, bytes);
+    copy(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void stream_units(const Arguments& a, u32 shared, int block,
+                                             int prefix) {
+  const u64 once = policy_evict_first();
+  const int cached = key_tiles(prefix) * 2 * KEY_UNITS;
+  Filler ring{shared};
+  auto stream = [&](const char*& from, int units, u32 bytes) {
+    for (int i = 0; i < units; ++i, from += bytes) {
+      ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, from, bytes, full, once); });
+    }
+  };
+  for (int step = 0; step < STEPS; ++step) {
+    const char* weights = a.stream + long(block) * DEPTH * LAYER_BYTES;
+    for (int layer = 0; layer < DEPTH; ++layer) {
+      stream(weights, QKV_UNITS, QKV_UNIT);
+      const char* from = a.cache + (layer * PEERS + block % PEERS) * long(cached) * UNIT;
+      for (int i = 0; i < cached; ++i, from += UNIT) {
+        ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, from, UNIT, full); });
+      }
+      stream(weights, OUT_UNITS + WIDE_UNITS + DOWN_UNITS, UNIT);
+    }
+  }
+}
+
+// The next X, of which every block fetches a piece for all its peers.
+__device__ __forceinline__ void fetch_x(const Block& b, int exchange) {
+  constexpr int PIECE = ROWS * WIDTH * BYTES / PEERS;
+  await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
+  for (int i = 0; i < PEERS; ++i) mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
+  bulk_copy_to_all(b.shared + AREA + b.rank * PIECE, b.buffers + X + b.rank * PIECE, PIECE,
+                   b.shared + X_FULL + 8 * b.rank, (1 << PEERS) - 1);
+}
+
+// What all clusters add to this block's row.
+__device__ __forceinline__ void fetch_sums(const Block& b, int exchange) {
+  constexpr int SIZE = HEADS * WIDTH * 4;
+  if (b.index >= ROWS) return;
+  await(b.counters, SUMS_DONE, (exchange + 1) * BLOCKS);
+  mbarrier_expect(b.shared + SUMS_FULL, SIZE);
+  bulk_copy(b.shared + AREA, b.buffers + SUMS + b.index * long(SIZE), SIZE, b.shared + SUMS_FULL);
+}
+
+__device__ __forceinline__ void fetch_activations(const Block& b) {
+  for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
+    fetch_x(b, 2 * layer);
+    // Nobody stores what these count before all had this X.
+    mbarrier_expect(b.shared + QUERIES_FULL, ROWS * HEAD * 2);
+    mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
+    mbarrier_expect(b.shared + MERGED_FULL, ROWS * HEAD * BYTES);
+    mbarrier_expect(b.shared + HIDDEN_FULL, ROWS * (MLP / HEADS) * BYTES);
+    await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
+    mbarrier_expect(b.shared + RECENT_FULL, RECENT_BYTES);
+    bulk_copy(b.shared + RECENT_KEYS, b.buffers + RECENT + b.rank * RECENT_BYTES, RECENT_BYTES,
+              b.shared + RECENT_FULL);
+    fetch_sums(b, 2 * layer);
+    fetch_x(b, 2 * layer + 1);
+    fetch_sums(b, 2 * layer + 1);
+  }
+}
+
+// Keys and values of the prefix as units of the ring; behind a split's keys zeros. A warp moves
+// four chunks of eight keys at a time.
+__device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
+  const int tiles = key_tiles(b.prefix), warps = BLOCKS * CONSUMERS / 32;
+  const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
+#pragma unroll 4
+  for (int i = b.index * (CONSUMERS / 32) + b.thread / 32; i < pieces; i += warps) {
+    int key = i % 16 * 8 + b.lane % 8, chunk = i / 16 % 8 * 4 + b.lane / 8, tile = i / 128;
+    const char* from = tile % 2 ? a.values : a.keys;
+    const Split split(tile / 2 / tiles % PEERS, b.prefix);
+    long layer = tile / 2 / tiles / PEERS;
+    int place = tile / 2 % tiles * TILE + key;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (place < split.keys) {
+      long row = layer * a.capacity + split.first + place;
+      v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + chunk * 16);
+    }
+    *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + (chunk * TILE + key) * 16) = v;
+  }
+}
+
+}  // namespace
