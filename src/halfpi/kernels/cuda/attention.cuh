@@ -52,7 +52,7 @@ __device__ __forceinline__ float over_quad(float v, bool maximum) {
 }
 
 struct Attention {
-  float average[2][16];  // of this thread's rows: dimensions 64 · group + 32 i …
+  float average[32] = {};  // of this thread's rows: dimensions 64 · group …
   float highest[2] = {-infinity(), -infinity()}, total[2] = {0.0f, 0.0f};
 
   // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
@@ -63,7 +63,7 @@ struct Attention {
     const int first = tile * TILE + TILE / GROUPS * b.group;
     scale_logits<TILE / GROUPS>(logits, b.lane, split.keys - first, top);
     // All have their keys and values now, so nobody reads the products that statistics overwrite.
-    wait(b.shared + RECENT_FULL, b.layer & 1);
+    b.wait_for(RECENT_FULL);
     const bool has_recent = last && b.group == GROUPS - 1;
     if (has_recent) {
       recent_logits(recent, b);
@@ -80,7 +80,7 @@ struct Attention {
       float shrink = exp2_fast(highest[i] - base[i]);
       highest[i] = top[i], total[i] *= shrink;
 #pragma unroll
-      for (int j = 0; j < 16; ++j) average[j / 8][j % 8 / 2 * 4 + 2 * i + j % 2] *= shrink;
+      for (int j = 0; j < 16; ++j) average[j / 2 * 4 + 2 * i + j % 2] *= shrink;
     }
     store_weights<TILE / GROUPS>(logits, b, TILE / GROUPS / 8 * b.group, base, sum);
     if (has_recent) store_weights<RECENT_SLOTS>(recent, b, TILE / 8, base, sum);
@@ -100,39 +100,41 @@ struct Attention {
   }
 
   __device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) const {
+    const Matrix queries(b.shared + QUERIES, ROWS * 16, 128);
+    const Matrix keys(b.shared + RECENT_KEYS, RECENT_SLOTS * 16, 0);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < HEAD / 8; k += 2) {
-      Bf16::mma(logits, descriptor(b.shared + QUERIES + k * ROWS * 16, ROWS * 16, 128),
-                descriptor(b.shared + RECENT_KEYS + k * RECENT_SLOTS * 16, RECENT_SLOTS * 16, 0));
+      Bf16::mma(logits, queries.at(k * ROWS * 16), keys.at(k * RECENT_SLOTS * 16));
     }
     wgmma_commit();
     wgmma_wait<0>();
   }
 
-  // Each group has the two units with its dimensions.
+  // Each group has the two units with its dimensions, of half of the keys each.
   __device__ __forceinline__ void add_values(Block& b) {
-    const u32 weights = b.shared + WEIGHTS;
-    const int unit = b.unit + 2 * b.group;
-    b.wait_full(unit), b.wait_full(unit + 1);
+    const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE / 2 * 16);
+    Cursor first = b.ring;
+    first.advance(2 * b.group);
+    Cursor second = first;
+    second.advance(1);
+    b.wait_full(first), b.wait_full(second);
     __syncwarp();
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int k = 0; k < TILE / 8; k += 2) {
-        Bf16::mma_transposed(average[i], descriptor(weights + k * 1024, 1024, 128),
-                             descriptor(b.slot(unit + i) + k * 128, 128, TILE * 16));
-      }
-      // Both halves of these 16 keys are the same eight, the second with weights of 0.
-      const u32 recent = b.shared + RECENT_VALUES + (8 * b.group + 4 * i) * RECENT_SLOTS * 16;
-      Bf16::mma_transposed(average[i], descriptor(weights + TILE / 8 * 1024, 1024, 128),
-                           descriptor(recent, 0, RECENT_SLOTS * 16));
+    for (int k = 0; k < TILE / 8; k += 2) {
+      const int slot = k < TILE / 16 ? first.slot : second.slot;
+      Bf16::mma_transposed(average, weights.at(k * 1024),
+                           values.at(slot * UNIT + k % (TILE / 16) * 128));
     }
+    // Both halves of these 16 keys are the same eight, the second with weights of 0.
+    const Matrix recent(b.shared + RECENT_VALUES + 8 * b.group * RECENT_SLOTS * 16, 0,
+                        RECENT_SLOTS * 16);
+    Bf16::mma_transposed(average, weights.at(TILE / 8 * 1024), recent.at(0));
     wgmma_commit();
     wgmma_wait<0>();
-    b.release(unit, GROUPS), b.release(unit + 1, GROUPS);
-    b.unit += KEY_UNITS;
+    b.release(first.slot, GROUPS), b.release(second.slot, GROUPS);
+    b.ring.advance(KEY_UNITS);
   }
 
   // Averages and log-sums to the peers that merge their dimensions: two of them a group.
@@ -141,14 +143,14 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = b.row + 8 * i;
-      float inverse = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
-      log_sum[i] = highest[i] + log2f(total[i]);
+      float inverse = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
+      log_sum[i] = highest[i] + log2_fast(total[i]);
       if (row >= ROWS) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const int at = j % 4 * 4 + 2 * i;
+        const int at = 4 * j + 2 * i;
         store_shared(b.shared + STAGED + (8 * b.group + j) * ROWS * 16 + row * 16 + b.lane % 4 * 4,
-                     pack_bf16(average[j / 4][at] * inverse, average[j / 4][at + 1] * inverse));
+                     pack_bf16(average[at] * inverse, average[at + 1] * inverse));
       }
     }
     give(b, LOG_SUM, log_sum);
@@ -167,9 +169,7 @@ struct Attention {
 
 __device__ __forceinline__ void attend(Block& b, const Split& split) {
   Attention attention;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) attention.average[i / 16][i % 16] = 0.0f;
-  b.wait_operand(QUERIES_FULL);
+  b.wait_for(QUERIES_FULL);
   const int tiles = key_tiles(b.prefix);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
@@ -179,12 +179,9 @@ __device__ __forceinline__ void attend(Block& b, const Split& split) {
   attention.send(b);
 }
 
-// All splits' averages of eight of this block's dimensions, weighted by their sums, to all peers.
-__device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
-  const int row = b.thread % 64, chunk = b.thread / 64;
-  if (chunk >= HEAD / PEERS / 8 || row >= ROWS) return;
-  wait(b.shared + AVERAGES_FULL, b.layer & 1);
-  float weight[PEERS], highest = -infinity(), total = 0.0f, sum[8] = {};
+// All splits' averages of eight dimensions of a row, weighted by their sums.
+__device__ __forceinline__ void merge_row(const Block& b, float (&sum)[8], int chunk, int row) {
+  float weight[PEERS], highest = -infinity(), total = 0.0f;
 #pragma unroll
   for (int s = 0; s < PEERS; ++s) {
     weight[s] = b.floats(LOG_SUMS)[s * 64 + row];
@@ -202,10 +199,23 @@ __device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
       sum[2 * i + 1] += w * __uint_as_float(words[i] & 0xFFFF0000u);
     }
   }
-  const float inverse = 1.0f / total;
+  const float inverse = reciprocal(total);
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum[i] *= inverse;
-  push_operand(b, MERGED, HEAD / PEERS / 8 * b.rank + chunk, row, sum, inverse_scale, MERGED_FULL);
+}
+
+// This block's share of the dimensions, to all peers.
+__device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
+  constexpr int CHUNKS = HEAD / PEERS / 8;
+  const int row = b.thread % 64, chunk = b.thread / 64;
+  if (chunk >= CHUNKS) return;
+  if (row < ROWS) {
+    float sum[8] = {};
+    b.wait_for(AVERAGES_FULL);
+    merge_row(b, sum, chunk, row);
+    store_operand(b, MERGED, CHUNKS * b.rank + chunk, row, sum, inverse_scale);
+  }
+  b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL, 64 * CHUNKS);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK
 constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + WIDE_UNITS + DOWN_UNITS) * UNIT;
-constexpr int PIECE_CHUNKS = WIDTH / CHUNK / PEERS;  // of X, which every peer fetches for all
+constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
@@ -42,19 +42,18 @@ constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
 constexpr int QUERIES = RECENT_KEYS + RECENT_BYTES, MERGED = QUERIES, HIDDEN = QUERIES;
 constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
 constexpr int RING = (LOG_SUMS + PEERS * 256 + 127) / 128 * 128;
-// A group that skips units must not confuse the parities of a slot: the last unit in it has to be its
-// own, or of before the last barrier. Groups take every second or fourth unit, or two of eight.
-constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT / GROUPS * GROUPS;
-static_assert(SLOTS >= KEY_UNITS, "the ring needs room");
-static_assert(QKV_UNITS % GROUPS + OUT_UNITS % GROUPS + WIDE_UNITS % GROUPS + DOWN_UNITS % GROUPS == 0,
-              "a group has the same slots in all products");
+constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
+static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
-constexpr int QUERIES_FULL = X_FULL + 8 * PEERS, AVERAGES_FULL = QUERIES_FULL + 8;
+constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, AVERAGES_FULL = QUERIES_FULL + 8;
 constexpr int MERGED_FULL = AVERAGES_FULL + 8, HIDDEN_FULL = MERGED_FULL + 8;
 constexpr int RECENT_FULL = HIDDEN_FULL + 8, SUMS_FULL = RECENT_FULL + 8;
 constexpr int SQUARES = SUMS_FULL + 8, ACTIONS = SQUARES + 32;
 static_assert(ACTIONS + 128 <= SHARED_BYTES, "barriers and small things fit");
-constexpr int AVERAGE_PIECE = ROWS * HEAD / PEERS * 2;
+// Bytes that one block of a cluster gives the others.
+constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
+constexpr int MERGED_PIECE = ROWS * HEAD / PEERS * BYTES;
+constexpr int HIDDEN_PIECE = ROWS * MLP / BLOCKS * BYTES;
 
 struct Arguments {
   const char* stream;  // (block, layer, LAYER_BYTES)
@@ -79,7 +78,7 @@ struct Scales {  // of the four products of a layer at a step
   }
 };
 #define ALPHA(site) (FP8 ? scales.input.site * scales.weight.site : 1.0f)
-#define INVERSE(site) (FP8 ? 1.0f / scales.input.site : 1.0f)
+#define INVERSE(site) (FP8 ? reciprocal(scales.input.site) : 1.0f)
 
 // Which rows of the cache and of the actions are keys of a split; all are shared out evenly.
 struct Split {
@@ -98,6 +97,16 @@ __device__ __forceinline__ int key_tiles(int prefix) {  // of the longest split
   return longest > TILE ? (longest + TILE - 1) / TILE : 1;
 }
 
+struct Cursor {  // a place in the ring
+  int slot = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance(int units) {
+    slot += units;
+    if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
+  }
+};
+
 struct Block {
   u32 shared;
   char* memory;
@@ -107,31 +116,32 @@ struct Block {
   int thread, group, warp, lane;  // warp of the group
   int row;                       // of the two of a thread in a product, the first: the other is 8 on
   int prefix;
-  int unit = 0;                  // of the ring, the next one
+  Cursor ring;                   // the next unit
   int layer = 0;                 // over all steps
 
   __device__ __forceinline__ float* floats(int at) const {
     return reinterpret_cast<float*>(memory + at);
   }
-  __device__ __forceinline__ u32 slot(int unit) const { return shared + RING + unit % SLOTS * UNIT; }
-  __device__ __forceinline__ void wait_full(int unit) const {
-    wait(shared + FULL + 8 * (unit % SLOTS), unit / SLOTS & 1);
+  __device__ __forceinline__ void wait_full(const Cursor& at) const {
+    wait(shared + FULL + 8 * at.slot, at.parity);
   }
-  // By all warps of a group: they are done with a unit, for which all groups give 16 in total.
-  __device__ __forceinline__ void release(int unit, int count) const {
-    if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * (unit % SLOTS), count);
+  // By all warps of a group: they are done with a unit. It is free once all warps gave 1 each, or
+  // those of one group GROUPS each.
+  __device__ __forceinline__ void release(int slot, int count) const {
+    if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * slot, count);
   }
-  // For what this layer's peers stored as operands of a product.
-  __device__ __forceinline__ void wait_operand(int barrier) const {
-    wait_cluster(shared + barrier, layer & 1);
+  // For an operand, or part of one, that this layer has once.
+  __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
+  // By the first `threads` of the block, which wrote its piece of an operand: it goes to the same
+  // place in all peers.
+  __device__ __forceinline__ void share(int piece, u32 bytes, int barrier, int threads) const {
     fence_async_proxy();
-  }
-  // The same 8 or 16 bytes to all peers.
-  template <typename T>
-  __device__ __forceinline__ void push(int to, T v, int barrier) const {
-#pragma unroll
-    for (int peer = 0; peer < PEERS; ++peer) {
-      store_async(in_block(shared + to, peer), v, in_block(shared + barrier, peer));
+    named_barrier(threads == CONSUMERS ? 1 : 2, threads);
+    if (thread == rank) {
+      mbarrier_arrive(shared + barrier, 1);
+    } else if (thread < PEERS) {
+      bulk_push(in_block(shared + piece, thread), shared + piece, bytes,
+                in_block(shared + barrier, thread));
     }
   }
 };
@@ -149,15 +159,15 @@ __device__ __forceinline__ uint2 pack_eight_e4m3(const float (&v)[8], float inve
   for (int i = 0; i < 8; ++i) s[i] = v[i] * inverse_scale;
   return make_uint2(pack_e4m3(s[0], s[1], s[2], s[3]), pack_e4m3(s[4], s[5], s[6], s[7]));
 }
-// Columns 8 · eighth … of `row`, to all peers.
-__device__ __forceinline__ void push_operand(const Block& b, int operand, int eighth, int row,
-                                             const float (&v)[8], float inverse_scale,
-                                             int barrier) {
+// Columns 8 · eighth … of `row` of an operand in shared memory.
+__device__ __forceinline__ void store_operand(const Block& b, int operand, int eighth, int row,
+                                              const float (&v)[8], float inverse_scale) {
+  const u32 to = b.shared + operand;
   if constexpr (FP8) {
-    int to = operand + (eighth / 2 * ROWS + row) * 16 + eighth % 2 * 8;
-    b.push(to, pack_eight_e4m3(v, inverse_scale), barrier);
+    store_shared(to + (eighth / 2 * ROWS + row) * 16 + eighth % 2 * 8,
+                 pack_eight_e4m3(v, inverse_scale));
   } else {
-    b.push(operand + (eighth * ROWS + row) * 16, pack_eight_bf16(v), barrier);
+    store_shared(to + (eighth * ROWS + row) * 16, pack_eight_bf16(v));
   }
 }
 

@@ -40,12 +40,6 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
   while (!mbarrier_passed(barrier, parity)) watchdog.check();
 }
 
-// For what peers stored.
-__device__ __forceinline__ void wait_cluster(u32 barrier, u32 parity) {
-  Watchdog watchdog;
-  while (!mbarrier_passed_cluster(barrier, parity)) watchdog.check();
-}
-
 // Counters, 128 bytes apart.
 enum Counter { ROWS_DONE, SUMS_DONE, RECENT_DONE, COUNTERS };
 

@@ -69,7 +69,10 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
     mbarrier_init(shared + FULL + 8 * i, 1);
     mbarrier_init(shared + EMPTY + 8 * i, 4 * GROUPS);
   }
-  for (int i = X_FULL; i <= SUMS_FULL; i += 8) mbarrier_init(shared + i, 1);
+  for (int i = X_FULL; i <= SUMS_FULL; i += 8) {
+    const bool shared_out = i == QUERIES_FULL || i == MERGED_FULL || i == HIDDEN_FULL;
+    mbarrier_init(shared + i, shared_out ? 2 : 1);  // this block's own piece counts by itself
+  }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int AHEAD = 24 * UNIT;  // so much of the stream is on its way to L2
+
 // A thread's place in the ring when it fills it.
 struct Filler {
   u32 shared;
@@ -24,14 +26,21 @@ __device__ __forceinline__ void stream_units(const Arguments& a, u32 shared, int
                                              int prefix) {
   const u64 once = policy_evict_first();
   const int cached = key_tiles(prefix) * 2 * KEY_UNITS;
+  const char* begin = a.stream + long(block) * DEPTH * LAYER_BYTES;
+  const char* end = begin + DEPTH * LAYER_BYTES;
   Filler ring{shared};
   auto stream = [&](const char*& from, int units, u32 bytes) {
+#pragma unroll 1
     for (int i = 0; i < units; ++i, from += bytes) {
       ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, from, bytes, full, once); });
+      if (i % 4) continue;
+      const char *ahead = from + AHEAD, *last = end - 4 * bytes;
+      if (ahead >= end) ahead -= end - begin;
+      prefetch(ahead < last ? ahead : last, 4 * bytes);
     }
   };
   for (int step = 0; step < STEPS; ++step) {
-    const char* weights = a.stream + long(block) * DEPTH * LAYER_BYTES;
+    const char* weights = begin;
     for (int layer = 0; layer < DEPTH; ++layer) {
       stream(weights, QKV_UNITS, QKV_UNIT);
       const char* from = a.cache + (layer * PEERS + block % PEERS) * long(cached) * UNIT;
@@ -43,13 +52,15 @@ __device__ __forceinline__ void stream_units(const Arguments& a, u32 shared, int
   }
 }
 
-// The next X, of which every block fetches a piece for all its peers.
+// The next X.
 __device__ __forceinline__ void fetch_x(const Block& b, int exchange) {
-  constexpr int PIECE = ROWS * WIDTH * BYTES / PEERS;
+  constexpr int PIECE = ROWS * WIDTH * BYTES / PIECES;
   await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
-  for (int i = 0; i < PEERS; ++i) mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
-  bulk_copy_to_all(b.shared + AREA + b.rank * PIECE, b.buffers + X + b.rank * PIECE, PIECE,
-                   b.shared + X_FULL + 8 * b.rank, (1 << PEERS) - 1);
+  for (int i = 0; i < PIECES; ++i) {
+    mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
+    bulk_copy(b.shared + AREA + i * PIECE, b.buffers + X + i * PIECE, PIECE,
+              b.shared + X_FULL + 8 * i);
+  }
 }
 
 // What all clusters add to this block's row.
@@ -65,10 +76,10 @@ __device__ __forceinline__ void fetch_activations(const Block& b) {
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     fetch_x(b, 2 * layer);
     // Nobody stores what these count before all had this X.
-    mbarrier_expect(b.shared + QUERIES_FULL, ROWS * HEAD * 2);
+    mbarrier_expect(b.shared + QUERIES_FULL, (PEERS - 1) * QUERY_PIECE);
     mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
-    mbarrier_expect(b.shared + MERGED_FULL, ROWS * HEAD * BYTES);
-    mbarrier_expect(b.shared + HIDDEN_FULL, ROWS * (MLP / HEADS) * BYTES);
+    mbarrier_expect(b.shared + MERGED_FULL, (PEERS - 1) * MERGED_PIECE);
+    mbarrier_expect(b.shared + HIDDEN_FULL, (PEERS - 1) * HIDDEN_PIECE);
     await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
     mbarrier_expect(b.shared + RECENT_FULL, RECENT_BYTES);
     bulk_copy(b.shared + RECENT_KEYS, b.buffers + RECENT + b.rank * RECENT_BYTES, RECENT_BYTES,
@@ -79,8 +90,8 @@ __device__ __forceinline__ void fetch_activations(const Block& b) {
   }
 }
 
-// Keys and values of the prefix as units of the ring; behind a split's keys zeros. A warp moves
-// four chunks of eight keys at a time.
+// Keys and values of the prefix as units of the ring, behind a split's keys zeros: four chunks of
+// keys a unit, but eight chunks of half of the values. A warp moves four chunks of eight keys.
 __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
   const int tiles = key_tiles(b.prefix), warps = BLOCKS * CONSUMERS / 32;
   const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
@@ -96,7 +107,9 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
       long row = layer * a.capacity + split.first + place;
       v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + chunk * 16);
     }
-    *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + (chunk * TILE + key) * 16) = v;
+    int to = tile % 2 ? ((chunk / 8 * 2 + key / 64) * 8 + chunk % 8) * 64 + key % 64
+                      : chunk * TILE + key;
+    *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + to * 16) = v;
   }
 }
 

@@ -38,19 +38,6 @@ __device__ __forceinline__ bool mbarrier_passed(u32 barrier, u32 parity) {
   return passed;
 }
 
-// Also sees what other blocks of the cluster stored.
-__device__ __forceinline__ bool mbarrier_passed_cluster(u32 barrier, u32 parity) {
-  u32 passed;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(passed)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return passed;
-}
-
 __device__ __forceinline__ u64 policy_evict_first() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -73,14 +60,9 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       : "memory");
 }
 
-// The same bytes to the same place in every block of the cluster, and a signal to each.
-__device__ __forceinline__ void bulk_copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier,
-                                                 unsigned short blocks) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
-      : "memory");
+// Brings bytes closer, to L2.
+__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // ---- clusters
@@ -111,27 +93,16 @@ __device__ __forceinline__ void bulk_push(u32 to, u32 from, u32 bytes, u32 barri
       : "memory");
 }
 
-__device__ __forceinline__ void store_async(u32 to, uint4 v, u32 barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32"
-      " [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-      : "memory");
-}
-
-__device__ __forceinline__ void store_async(u32 to, uint2 v, u32 barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::
-          "r"(to), "r"(v.x), "r"(v.y), "r"(barrier)
-      : "memory");
-}
-
 // ---- other memory operations
 
 __device__ __forceinline__ void store_shared(u32 to, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 to, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(u32 to, u32 v) {
@@ -209,6 +180,18 @@ __device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7F800000); }
 
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -228,12 +211,20 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// Matrices lie in core matrices of 8 rows of 16 bytes, without swizzle. lead: bytes from one core
-// matrix to the next along K (along keys for a transposed B), stride: the same along the rows.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 lead, u32 stride) {
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | static_cast<u64>(lead >> 4) << 16 |
-         static_cast<u64>(stride >> 4) << 32;
-}
+// A matrix in shared memory, in core matrices of 8 rows of 16 bytes, without swizzle. lead: bytes
+// from one core matrix to the next along K (along keys for a transposed B), stride: the same along
+// the rows.
+struct Matrix {
+  u32 low, high;  // of the descriptor
+
+  // In a cluster, high bits of an address tell the block.
+  __device__ __forceinline__ Matrix(u32 address, u32 lead, u32 stride)
+      : low((address & 0x3FFFF) >> 4 | (lead >> 4) << 16), high(stride >> 4) {}
+  // Of the part that begins `bytes` further on.
+  __device__ __forceinline__ u64 at(u32 bytes) const {
+    return static_cast<u64>(high) << 32 | (low + (bytes >> 4));
+  }
+};
 
 template <bool B, typename T, typename F>
 struct conditional { using type = T; };
@@ -269,8 +260,9 @@ struct Bf16 {
                  : "l"(a), "l"(b));
   }
   // B (16, N) instead, rows of B contiguous.
-  __device__ static __forceinline__ void mma_transposed(float (&d)[16], u64 a, u64 b) {
-    asm volatile(MMA("m64n32k16.f32.bf16.bf16", D16, "%16", "%17", ", 0, 1") : R16(d, 0)
+  __device__ static __forceinline__ void mma_transposed(float (&d)[32], u64 a, u64 b) {
+    asm volatile(MMA("m64n64k16.f32.bf16.bf16", D32, "%32", "%33", ", 0, 1")
+                 : R16(d, 0), R16(d, 16)
                  : "l"(a), "l"(b));
   }
 };

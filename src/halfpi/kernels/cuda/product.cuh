@@ -4,44 +4,47 @@
 
 namespace {
 
-// result (64 rows, N) = operand · units first, first + STEP … of the ring's next UNITS. A unit has
-// ROWS_W rows of weights, of which N from `column` on count.
-template <typename F, int N, int ROWS_W, int CHUNKS, int UNITS, int STEP, typename Ready>
-__device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int operand, int first,
+// result (64 rows, N) = operand · the ring's next UNITS. A unit has ROWS_W rows of weights, of which N
+// from `column` on count, and CHUNKS of K, of which this group multiplies one of PARTS.
+template <typename F, int N, int ROWS_W, int CHUNKS, int UNITS, int PARTS, typename Ready>
+__device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int operand, int part,
                                          int column, Ready ready) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
-  const u32 from = b.shared + operand;
+  const Matrix activations(b.shared + operand + 2 * part * ROWS * 16, ROWS * 16, 128);
+  const Matrix weights(b.shared + RING + (column + 2 * part * ROWS_W) * 16, ROWS_W * 16, 128);
+  Cursor held = b.ring;
 #pragma unroll 1
-  for (int u = first; u < UNITS; u += STEP) {
+  for (int u = 0; u < UNITS; ++u) {
     ready(u);
-    b.wait_full(b.unit + u);
+    b.wait_full(b.ring);
     __syncwarp();
-    const u32 weights = b.slot(b.unit + u) + column * 16;
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < CHUNKS; k += 2) {
-      F::mma(result, descriptor(from + (u * CHUNKS + k) * ROWS * 16, ROWS * 16, 128),
-             descriptor(weights + k * ROWS_W * 16, ROWS_W * 16, 128));
+    for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
+      F::mma(result, activations.at((u * CHUNKS + k) * ROWS * 16),
+             weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
     }
     wgmma_commit();
-    if (u != first) {
+    b.ring.advance(1);
+    if (u) {
       wgmma_wait<1>();
-      b.release(b.unit + u - STEP, STEP);
+      b.release(held.slot, 1);
+      held.advance(1);
     }
   }
   wgmma_wait<0>();
-  b.release(b.unit + UNITS - STEP + first, STEP);
-  b.unit += UNITS;
+  b.release(held.slot, 1);
 }
 
-// Waits for the piece of X with a unit, exchanged twice a layer.
+// Waits for the piece of X that begins with a unit, exchanged twice a layer.
 template <int CHUNKS>
 struct PieceReady {
   const Block& b;
   int parity;
   __device__ __forceinline__ void operator()(int unit) const {
-    wait(b.shared + X_FULL + 8 * (unit * CHUNKS / PIECE_CHUNKS), parity);
+    constexpr int UNITS = PIECE_CHUNKS / CHUNKS;
+    if (unit % UNITS == 0) wait(b.shared + X_FULL + 8 * (unit / UNITS), parity);
   }
 };
 struct AllReady {
@@ -128,17 +131,19 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
       store_relaxed(b.buffers + RECENT + ((split * BLOCKS + b.index) * RECENT_SLOTS + slot) * 16,
                     turned);
     } else {
-      b.push(QUERIES + ((QUERY_CHUNKS * b.rank + chunk) * ROWS + row) * 16, turned, QUERIES_FULL);
+      store_shared(b.shared + QUERIES + ((QUERY_CHUNKS * b.rank + chunk) * ROWS + row) * 16, turned);
     }
   }
-  if (recent) {
+  if (b.thread < 64 * QUERY_CHUNKS) {
+    b.share(QUERIES + b.rank * QUERY_PIECE, QUERY_PIECE, QUERIES_FULL, 64 * QUERY_CHUNKS);
+  } else if (recent) {
     named_barrier(3, CONSUMERS - LAST);
     if (b.thread == LAST) arrive(b.counters, RECENT_DONE);
   }
 }
 
-// The next UNITS of tiles of 128 rows: each group has half of the rows and every other unit. Ends
-// with two partial sums in the area.
+// The next UNITS of tiles of 128 rows: each group has half of the rows and half of K. Ends with two
+// partial sums in the area.
 constexpr int WIDE_PART = ROWS * STRIDE;
 template <int UNITS, typename Ready>
 __device__ __forceinline__ void wide_product(Block& b, int operand, Ready ready) {
@@ -153,7 +158,7 @@ __device__ __forceinline__ void wide_product(Block& b, int operand, Ready ready)
 // Columns 128 · rank … of a cluster's share of the out or down projection.
 template <int UNITS>
 __device__ __forceinline__ void project(Block& b, int operand, int barrier, float alpha) {
-  b.wait_operand(barrier);
+  b.wait_for(barrier);
   wide_product<UNITS>(b, operand, AllReady());
   float* to = reinterpret_cast<float*>(b.buffers + SUMS) + b.head * WIDTH + b.rank * TILE;
 #pragma unroll 1
@@ -177,12 +182,14 @@ __device__ __forceinline__ float gated(float gate, float up) {
 __device__ __forceinline__ void geglu(Block& b, float alpha, float inverse_scale) {
   wide_product<WIDE_UNITS>(b, AREA, PieceReady<TILE_CHUNKS>{b, 1});
   const int row = b.thread % 64, eighth = b.thread / 64;
-  if (row >= ROWS) return;
-  float wide[16], hidden[8];
-  sum_partials<16, 2, WIDE_PART>(wide, b.floats(AREA) + row * STRIDE + 16 * eighth, alpha);
+  if (row < ROWS) {
+    float wide[16], hidden[8];
+    sum_partials<16, 2, WIDE_PART>(wide, b.floats(AREA) + row * STRIDE + 16 * eighth, alpha);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) hidden[i] = gated(wide[2 * i], wide[2 * i + 1]);
-  push_operand(b, HIDDEN, 8 * b.rank + eighth, row, hidden, inverse_scale, HIDDEN_FULL);
+    for (int i = 0; i < 8; ++i) hidden[i] = gated(wide[2 * i], wide[2 * i + 1]);
+    store_operand(b, HIDDEN, 8 * b.rank + eighth, row, hidden, inverse_scale);
+  }
+  b.share(HIDDEN + b.rank * HIDDEN_PIECE, HIDDEN_PIECE, HIDDEN_FULL, CONSUMERS);
 }
 
 }  // namespace
