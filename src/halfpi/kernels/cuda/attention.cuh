@@ -58,8 +58,8 @@ struct Attention {
   // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
   __device__ __forceinline__ void tile(Block& b, const Split& split, int tile, bool last) {
     float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
-    multiply<Bf16, TILE / GROUPS, TILE, TILE_CHUNKS, KEY_UNITS, 1>(
-        logits, b, QUERIES, 0, TILE / GROUPS * b.group, AllReady());
+    multiply<Bf16, TILE / GROUPS, TILE, TILE_CHUNKS, 1>(logits, b, KEY_UNITS, QUERIES, 0,
+                                                        TILE / GROUPS * b.group, AllReady());
     const int first = tile * TILE + TILE / GROUPS * b.group;
     scale_logits<TILE / GROUPS>(logits, b.lane, split.keys - first, top);
     // All have their keys and values now, so nobody reads the products that statistics overwrite.
@@ -102,6 +102,7 @@ struct Attention {
   __device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) const {
     const Matrix queries(b.shared + QUERIES, ROWS * 16, 128);
     const Matrix keys(b.shared + RECENT_KEYS, RECENT_SLOTS * 16, 0);
+    settle(logits);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < HEAD / 8; k += 2) {
@@ -109,6 +110,7 @@ struct Attention {
     }
     wgmma_commit();
     wgmma_wait<0>();
+    settle(logits);
   }
 
   // Each group has the two units with its dimensions, of half of the keys each.
@@ -120,6 +122,7 @@ struct Attention {
     second.advance(1);
     b.wait_full(first), b.wait_full(second);
     __syncwarp();
+    settle(average);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < TILE / 8; k += 2) {
@@ -133,6 +136,7 @@ struct Attention {
     Bf16::mma_transposed(average, weights.at(TILE / 8 * 1024), recent.at(0));
     wgmma_commit();
     wgmma_wait<0>();
+    settle(average);
     b.release(first.slot, GROUPS), b.release(second.slot, GROUPS);
     b.ring.advance(KEY_UNITS);
   }

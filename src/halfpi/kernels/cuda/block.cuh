@@ -69,16 +69,21 @@ struct Arguments {
   const float *input_scales, *weight_scales;
 };
 
-struct Scales {  // of the four products of a layer at a step
-  float4 input, weight;
-  __device__ void load(const Arguments& a, int step, int layer) {
+struct Scales {  // of the two products of half a layer at a step
+  float2 input, weight;
+
+  __device__ void load(const Arguments& a, int step, int half) {
     if (!FP8) return;
-    input = reinterpret_cast<const float4*>(a.input_scales)[step * DEPTH + layer];
-    weight = reinterpret_cast<const float4*>(a.weight_scales)[layer];
+    input = reinterpret_cast<const float2*>(a.input_scales)[step * 2 * DEPTH + half];
+    weight = reinterpret_cast<const float2*>(a.weight_scales)[half];
+  }
+  __device__ float alpha(int product) const {
+    return !FP8 ? 1.0f : product ? input.y * weight.y : input.x * weight.x;
+  }
+  __device__ float inverse(int product) const {
+    return FP8 ? reciprocal(product ? input.y : input.x) : 1.0f;
   }
 };
-#define ALPHA(site) (FP8 ? scales.input.site * scales.weight.site : 1.0f)
-#define INVERSE(site) (FP8 ? reciprocal(scales.input.site) : 1.0f)
 
 // Which rows of the cache and of the actions are keys of a split; all are shared out evenly.
 struct Split {

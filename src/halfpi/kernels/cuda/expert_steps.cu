@@ -10,56 +10,52 @@
 
 namespace {
 
+// A layer has two halves, attention and MLP, which begin with a norm and end with an update of the
+// rows. One more norm follows the last. The code is this short because instructions are fetched anew
+// in every layer.
 __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
-  constexpr int NORMS = 2 * DEPTH + 1;
+  constexpr int HALVES = 2 * DEPTH;
   const int row = b.index;
   const bool has_row = row < ROWS && b.thread < ROW_THREADS, decided = row < *a.decided;
   const Split split(b.rank, b.prefix);
   float* actions = b.floats(ACTIONS);
   Row x;
-  Scales scales;
   float y[4];
   if (has_row) {
     if (b.thread < ACTION_DIM) actions[b.thread] = a.actions[row * ACTION_DIM + b.thread];
     row_threads();
   }
   for (int step = 0; step < STEPS; ++step) {
-    const float* modulations = a.modulations + long(decided ? STEPS : step) * NORMS * 3 * WIDTH;
+    const float* modulations =
+        a.modulations + long(decided ? STEPS : step) * (HALVES + 1) * 3 * WIDTH;
     if (has_row) x.embed(b, a, actions);
-    for (int layer = 0; layer < DEPTH; ++layer, ++b.layer) {
-      const float* modulation = modulations + 2 * layer * 3 * WIDTH;
-      scales.load(a, step, layer);
+#pragma unroll 1
+    for (int half = 0;; ++half) {
+      const bool mlp = half % 2;
+      Scales scales;
+      if (half < HALVES) scales.load(a, step, half);
       if (has_row) {
-        x.load(b, layer ? modulation - 3 * WIDTH : modulation, modulation);
-        if (layer) {
-          wait(b.shared + SUMS_FULL, 1);
+        x.load(b, modulations, half);
+        if (half) {
+          wait(b.shared + SUMS_FULL, !mlp);
           x.add(b);
         }
         x.norm(b, y);
-        x.publish(b, row, y, INVERSE(x));
+        if (half < HALVES) x.publish(b, row, y, scales.inverse(0));
       }
-      qkv(b, a, ALPHA(x));
-      attend(b, split);
-      merge(b, INVERSE(y));
-      project<OUT_UNITS>(b, MERGED, MERGED_FULL, ALPHA(y));
-      if (has_row) {
-        x.load(b, modulation, modulation + 3 * WIDTH);
-        wait(b.shared + SUMS_FULL, 0);
-        x.add(b);
-        x.norm(b, y);
-        x.publish(b, row, y, INVERSE(z));
+      if (half == HALVES) break;
+      if (mlp) {
+        geglu(b, scales.alpha(0), scales.inverse(1));
+      } else {
+        qkv(b, a, scales.alpha(0));
+        attend(b, split);
+        merge(b, scales.inverse(1));
       }
-      geglu(b, ALPHA(z), INVERSE(w));
-      project<DOWN_UNITS>(b, HIDDEN, HIDDEN_FULL, ALPHA(w));
+      project(b, mlp ? DOWN_UNITS : OUT_UNITS, mlp ? HIDDEN : MERGED,
+              mlp ? HIDDEN_FULL : MERGED_FULL, scales.alpha(1));
+      b.layer += mlp;
     }
-    if (has_row) {
-      const float* last = modulations + (NORMS - 1) * 3 * WIDTH;
-      x.load(b, last - 3 * WIDTH, last);
-      wait(b.shared + SUMS_FULL, 1);
-      x.add(b);
-      x.norm(b, y);
-      x.move(b, a, y, actions, step, row, decided);
-    }
+    if (has_row) x.move(b, a, y, actions, step, row, decided);
   }
   if (has_row && b.thread < ACTION_DIM) a.actions[row * ACTION_DIM + b.thread] = actions[b.thread];
 }

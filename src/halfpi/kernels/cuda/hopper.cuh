@@ -211,6 +211,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// Sums in registers change only before a fence and are read only after a wait; the compiler, which
+// sees no connection between the two, must not move either.
+template <int N>
+__device__ __forceinline__ void settle(float (&sums)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 // A matrix in shared memory, in core matrices of 8 rows of 16 bytes, without swizzle. lead: bytes
 // from one core matrix to the next along K (along keys for a transposed B), stride: the same along
 // the rows.

@@ -4,37 +4,48 @@
 
 namespace {
 
-// result (64 rows, N) = operand · the ring's next UNITS. A unit has ROWS_W rows of weights, of which N
+constexpr int BATCH = FP8 ? 4 : 2;  // units that are multiplied together; all counts are multiples
+
+// result (64 rows, N) = operand · the ring's next units. A unit has ROWS_W rows of weights, of which N
 // from `column` on count, and CHUNKS of K, of which this group multiplies one of PARTS.
-template <typename F, int N, int ROWS_W, int CHUNKS, int UNITS, int PARTS, typename Ready>
-__device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int operand, int part,
-                                         int column, Ready ready) {
+template <typename F, int N, int ROWS_W, int CHUNKS, int PARTS, typename Ready>
+__device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int units, int operand,
+                                         int part, int column, Ready ready) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
   const Matrix activations(b.shared + operand + 2 * part * ROWS * 16, ROWS * 16, 128);
   const Matrix weights(b.shared + RING + (column + 2 * part * ROWS_W) * 16, ROWS_W * 16, 128);
   Cursor held = b.ring;
+  auto release = [&] {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i, held.advance(1)) b.release(held.slot, 1);
+  };
 #pragma unroll 1
-  for (int u = 0; u < UNITS; ++u) {
+  for (int u = 0; u < units; u += BATCH) {
+    int slot[BATCH];
     ready(u);
-    b.wait_full(b.ring);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i, b.ring.advance(1)) b.wait_full(b.ring), slot[i] = b.ring.slot;
     __syncwarp();
+    settle(result);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
-      F::mma(result, activations.at((u * CHUNKS + k) * ROWS * 16),
-             weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
+    for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+      for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
+        F::mma(result, activations.at(((u + i) * CHUNKS + k) * ROWS * 16),
+               weights.at(slot[i] * UNIT + k * ROWS_W * 16));
+      }
     }
     wgmma_commit();
-    b.ring.advance(1);
     if (u) {
       wgmma_wait<1>();
-      b.release(held.slot, 1);
-      held.advance(1);
+      release();
     }
   }
   wgmma_wait<0>();
-  b.release(held.slot, 1);
+  settle(result);
+  release();
 }
 
 // Waits for the piece of X that begins with a unit, exchanged twice a layer.
@@ -117,8 +128,8 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
   turn.load(a, b.prefix + row, column, finishes && !(recent && 8 * b.index >= HEAD));
 
   float result[QKV_TILE / 2];
-  multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, QKV_UNITS, GROUPS>(
-      result, b, AREA, b.group, 0, PieceReady<QKV_CHUNKS>{b, 0});
+  multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(
+      result, b, QKV_UNITS, AREA, b.group, 0, PieceReady<QKV_CHUNKS>{b, 0});
   all_consumers();  // X is read
   store_partial<QKV_TILE>(result, b, b.floats(AREA) + b.group * PART, QKV_TILE);
   all_consumers();
@@ -142,30 +153,31 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
   }
 }
 
-// The next UNITS of tiles of 128 rows: each group has half of the rows and half of K. Ends with two
+// The next units of tiles of 128 rows: each group has half of the rows and half of K. Ends with two
 // partial sums in the area.
 constexpr int WIDE_PART = ROWS * STRIDE;
-template <int UNITS, typename Ready>
-__device__ __forceinline__ void wide_product(Block& b, int operand, Ready ready) {
+template <typename Ready>
+__device__ __forceinline__ void wide_product(Block& b, int units, int operand, Ready ready) {
   const int column = b.group % 2 * (TILE / 2), part = b.group / 2;
   float result[TILE / 4];
-  multiply<Format, TILE / 2, TILE, TILE_CHUNKS, UNITS, 2>(result, b, operand, part, column, ready);
+  multiply<Format, TILE / 2, TILE, TILE_CHUNKS, 2>(result, b, units, operand, part, column, ready);
   all_consumers();  // what lay in the area is read
   store_partial<TILE / 2>(result, b, b.floats(AREA) + part * WIDE_PART + column, STRIDE);
   all_consumers();
 }
 
 // Columns 128 · rank … of a cluster's share of the out or down projection.
-template <int UNITS>
-__device__ __forceinline__ void project(Block& b, int operand, int barrier, float alpha) {
+__device__ __forceinline__ void project(Block& b, int units, int operand, int barrier, float alpha) {
   b.wait_for(barrier);
-  wide_product<UNITS>(b, operand, AllReady());
+  wide_product(b, units, operand, AllReady());
+  const int first = b.thread / 32;
   float* to = reinterpret_cast<float*>(b.buffers + SUMS) + b.head * WIDTH + b.rank * TILE;
-#pragma unroll 1
-  for (int row = b.thread / 32; row < ROWS; row += CONSUMERS / 32) {
+#pragma unroll
+  for (int i = 0; i < ROWS; i += CONSUMERS / 32) {
+    if (first + i >= ROWS) continue;
     float v[4];
-    sum_partials<4, 2, WIDE_PART>(v, b.floats(AREA) + row * STRIDE + 4 * b.lane, alpha);
-    store_relaxed(to + row * (HEADS * WIDTH) + 4 * b.lane,
+    sum_partials<4, 2, WIDE_PART>(v, b.floats(AREA) + (first + i) * STRIDE + 4 * b.lane, alpha);
+    store_relaxed(to + (first + i) * (HEADS * WIDTH) + 4 * b.lane,
                   make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                              __float_as_uint(v[3])));
   }
@@ -180,7 +192,7 @@ __device__ __forceinline__ float gated(float gate, float up) {
 
 // Gate and up lie side by side; eight hidden columns a thread.
 __device__ __forceinline__ void geglu(Block& b, float alpha, float inverse_scale) {
-  wide_product<WIDE_UNITS>(b, AREA, PieceReady<TILE_CHUNKS>{b, 1});
+  wide_product(b, WIDE_UNITS, AREA, PieceReady<TILE_CHUNKS>{b, 1});
   const int row = b.thread % 64, eighth = b.thread / 64;
   if (row < ROWS) {
     float wide[16], hidden[8];

@@ -10,10 +10,11 @@ struct Row {
   float x[4];  // columns 4 · thread …
   float4 gate, scale, shift;
 
-  // Of the update that comes and of the norm after it, before waiting for the update.
-  __device__ void load(const Block& b, const float* gated, const float* modulation) {
-    gate = at(gated + 2 * WIDTH, b);
+  // Of norm `index` and the update before it, before waiting for the update.
+  __device__ void load(const Block& b, const float* modulations, int index) {
+    const float* modulation = modulations + index * 3 * WIDTH;
     scale = at(modulation, b), shift = at(modulation + WIDTH, b);
+    if (index) gate = at(modulation - WIDTH, b);
   }
 
   __device__ static float4 at(const float* table, const Block& b) {
@@ -22,7 +23,7 @@ struct Row {
 
   __device__ void embed(const Block& b, const Arguments& a, const float* actions) {
     float4 sum = at(a.bias_in, b);
-#pragma unroll 8
+#pragma unroll 16
     for (int i = 0; i < ACTION_DIM; ++i) {
       float4 w = at(a.weight_in + i * WIDTH, b);
       sum.x += actions[i] * w.x, sum.y += actions[i] * w.y;
@@ -81,6 +82,7 @@ struct Row {
     float4* hidden = reinterpret_cast<float4*>(b.memory + AREA);
     hidden[b.thread] = make_float4(y[0], y[1], y[2], y[3]);
     row_threads();
+#pragma unroll 2
     for (int i = b.thread / 32; i < ACTION_DIM; i += ROW_THREADS / 32) {
       const float4* w = reinterpret_cast<const float4*>(a.weight_out + i * WIDTH);
       float dot = 0.0f;
