@@ -7,7 +7,7 @@ using namespace exchange;
 namespace {
 
 constexpr int GROUPS = 4, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
-constexpr int THREADS = CONSUMERS + 128;             // of one more, a warp streams, a warp fetches
+constexpr int THREADS = CONSUMERS + 128;             // the last group copies
 constexpr int ROW_THREADS = WIDTH / 4;               // of a block that has a row of the actions
 
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.

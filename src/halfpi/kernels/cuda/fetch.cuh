@@ -1,5 +1,5 @@
-// The warps that do not compute: one thread streams weights and cached keys and values into the
-// ring, another waits for what other blocks write and starts copying it.
+// The warps that do not compute: in some, a thread streams weights and cached keys and values into
+// the ring, in another one waits for what other blocks write and starts copying it.
 #pragma once
 #include "block.cuh"
 
@@ -7,10 +7,12 @@ namespace {
 
 constexpr int AHEAD = 24 * UNIT;  // so much of the stream is on its way to L2
 
-// A thread's place in the ring when it fills it.
+// Fills every STREAMS-th unit of the ring: one thread cannot start copies fast enough.
+constexpr int STREAMS = 2;
+
 struct Filler {
   u32 shared;
-  int slot = 0;
+  int slot;
   u32 parity = 1;  // of the slot before this turn: the first turn does not wait
 
   template <typename Copy>
@@ -18,36 +20,38 @@ struct Filler {
     wait(shared + EMPTY + 8 * slot, parity);
     mbarrier_expect(shared + FULL + 8 * slot, bytes);
     copy(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
+    slot += STREAMS;
+    if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
   }
 };
 
-__device__ __forceinline__ void stream_units(const Arguments& a, u32 shared, int block,
-                                             int prefix) {
+__device__ __forceinline__ void stream_units(const Arguments& a, const Block& b, int first) {
   const u64 once = policy_evict_first();
-  const int cached = key_tiles(prefix) * 2 * KEY_UNITS;
-  const char* begin = a.stream + long(block) * DEPTH * LAYER_BYTES;
+  const int cached = key_tiles(b.prefix) * 2 * KEY_UNITS;
+  const char* begin = a.stream + long(b.index) * DEPTH * LAYER_BYTES;
   const char* end = begin + DEPTH * LAYER_BYTES;
-  Filler ring{shared};
-  auto stream = [&](const char*& from, int units, u32 bytes) {
+  Filler ring{b.shared, first};
+  auto stream = [&](const char* from, int units, u32 bytes) {
 #pragma unroll 1
-    for (int i = 0; i < units; ++i, from += bytes) {
-      ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, from, bytes, full, once); });
+    for (int i = first; i < units; i += STREAMS) {
+      const char* unit = from + i * bytes;
+      ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, unit, bytes, full, once); });
       if (i % 4) continue;
-      const char *ahead = from + AHEAD, *last = end - 4 * bytes;
+      const char *ahead = unit + AHEAD, *last = end - 4 * bytes;
       if (ahead >= end) ahead -= end - begin;
       prefetch(ahead < last ? ahead : last, 4 * bytes);
     }
   };
   for (int step = 0; step < STEPS; ++step) {
     const char* weights = begin;
-    for (int layer = 0; layer < DEPTH; ++layer) {
+    for (int layer = 0; layer < DEPTH; ++layer, weights += LAYER_BYTES) {
       stream(weights, QKV_UNITS, QKV_UNIT);
-      const char* from = a.cache + (layer * PEERS + block % PEERS) * long(cached) * UNIT;
-      for (int i = 0; i < cached; ++i, from += UNIT) {
-        ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, from, UNIT, full); });
+      const char* from = a.cache + (layer * PEERS + b.rank) * long(cached) * UNIT;
+#pragma unroll 1
+      for (int i = first; i < cached; i += STREAMS) {
+        ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, from + i * UNIT, UNIT, full); });
       }
-      stream(weights, OUT_UNITS + WIDE_UNITS + DOWN_UNITS, UNIT);
+      stream(weights + QKV_BYTES, OUT_UNITS + WIDE_UNITS + DOWN_UNITS, UNIT);
     }
   }
 }

@@ -23,9 +23,12 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
 #pragma unroll 1
   for (int u = 0; u < units; u += BATCH) {
     int slot[BATCH];
-    ready(u);
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i, b.ring.advance(1)) b.wait_full(b.ring), slot[i] = b.ring.slot;
+    for (int i = 0; i < BATCH; ++i, b.ring.advance(1)) {
+      ready(u + i);
+      b.wait_full(b.ring);
+      slot[i] = b.ring.slot;
+    }
     __syncwarp();
     settle(result);
     wgmma_fence();
