@@ -336,6 +336,10 @@ def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
         (128, 128, 8, 2),
         (64, 128, 4, 2),
         (128, 128, 8, 1),
+        (64, 64, 4, 3),
+        (64, 128, 8, 2),
+        (128, 256, 8, 1),
+        (64, 256, 4, 1),
     )
     pdl = device.is_hopper_or_newer
     return tuple(

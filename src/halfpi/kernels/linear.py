@@ -35,6 +35,8 @@ from halfpi.kernels.tile import (
     begin_product,
     gelu_tanh,
     linear_tile,
+    part_cols,
+    part_count,
     scalar,
     store,
     tile_count,
@@ -67,7 +69,7 @@ def linear_reference(
 
 @triton.jit
 def _linear_kernel(
-    x, weight, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
+    x, weight, weight_2, weight_3, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
     GELU: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -80,22 +82,24 @@ def _linear_kernel(
     tiles = tile_count(valid, N, BLOCK_M, BLOCK_N)
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
-        value = linear_tile(
-            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
-            EVEN_K, TMA, PROMOTE,
+        tile_parts = linear_tile(
+            x, (weight, weight_2, weight_3), alpha, row, col, M, N, K, SPLIT_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
-        cols = col + tl.arange(0, BLOCK_N)[None, :]
-        inside = (rows < valid) & (cols < N)
-        if bias is not None:
-            value += tl.load(bias + cols, mask=cols < N, other=0.0)
-        if GELU:
-            value = gelu_tanh(value)
-        if gate is not None:
-            value *= tl.load(gate + rows * stride_gate + cols, mask=inside, other=0.0)
-        if residual is not None:
-            value += tl.load(residual + rows * N + cols, mask=inside, other=0.0).to(tl.float32)
-        store(out + rows * N + cols, value, scale, inside)
+        for part in tl.static_range(part_count(BLOCK_N)):
+            value = tile_parts[part]
+            cols = part_cols(col, BLOCK_N, part)[None, :]
+            inside = (rows < valid) & (cols < N)
+            if bias is not None:
+                value += tl.load(bias + cols, mask=cols < N, other=0.0)
+            if GELU:
+                value = gelu_tanh(value)
+            if gate is not None:
+                value *= tl.load(gate + rows * stride_gate + cols, mask=inside, other=0.0)
+            if residual is not None:
+                value += tl.load(residual + rows * N + cols, mask=inside, other=0.0).to(tl.float32)
+            store(out + rows * N + cols, value, scale, inside)
 
 
 def linear(
