@@ -221,7 +221,7 @@ def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
 
 def _cases() -> Iterator[Case]:
     real = {
-        "vision-fc2": (768, 1152, 4304),
+        "vision-fc2": (768, 1152, 4352),
         "vision-out": (768, 1152, 1152),
         "prefill-down": (968, 2048, 16384),
         "prefill-out": (968, 2048, 2048),
