@@ -45,7 +45,7 @@ LINEAR: dict[str, Any] = {
         ({"out": bfloat16(4, 9)}, r"out must be .* \(4, 8\), got bfloat16 \(4, 9\)"),
         ({"out": bfloat16(4, 8).to(FP8)}, "out must be .* got float8_e4m3fn"),
         ({"scale": torch.ones(1)}, "out must be contiguous float8_e4m3fn"),
-        ({"bias": torch.zeros(7)}, r"bias must be .* float32 \(8,\)"),
+        ({"bias": torch.zeros(7)}, r"bias must be .* float32 or bfloat16 \(8,\)"),
         ({"gate": torch.zeros(3, 8)}, r"gate must be float32 \(4, 8\) or \(1, 8\)"),
         ({"gate": torch.zeros(8, 4).T}, "gate must have contiguous rows"),
         ({"residual": bfloat16(4, 8).half()}, "residual must be contiguous bfloat16 or float32"),

@@ -33,6 +33,8 @@ def small_launches(spec: KernelSpec[Launch], case: Case) -> list[Launch]:
     variants: list[dict[str, Any]] = [{}, *({name: 3} for name in splits)]
     if "tma" in fields:
         variants.append({"tma": True})
+    if "block_k" in fields:  # two parts
+        variants += [{"block_n": 48}, {"block_n": 48, "tma": True}]
     return [
         dataclasses.replace(
             launch, **{name: value for name, value in (small | more).items() if name in fields}

@@ -36,9 +36,9 @@ HIDDEN_ALIGN = 128
 class Matrix:
     """The right side of one product, and what its epilogue needs.
 
-    weight: (n, k), in the working dtype or E4M3. bias: (n,), fp32 unless said otherwise. With E4M3, input_scale quantises
-    what comes in and alpha, its product with the weight's scale, undoes both: fp32 (1,), or in the
-    expert (steps, 1).
+    weight: (n, k), in the working dtype or E4M3. bias: (n,), fp32 unless said otherwise. With E4M3,
+    input_scale quantises what comes in and alpha, its product with the weight's scale, undoes both:
+    fp32 (1,), or in the expert (steps, 1).
     """
 
     weight: Tensor

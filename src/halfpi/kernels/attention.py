@@ -97,6 +97,19 @@ def _load_heads(pointer, rows, inside, HEAD: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _step_tile(
+    operand, batch, head, start, rows, valid, stride_b, stride_s, stride_h,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(rows, WIDTH) of keys or values of a head: by descriptor from `start` on, or at `rows`."""
+    if TMA:
+        tile = operand.load([batch * (stride_b // stride_s) + start, head * stride_h * UNIT])
+    else:
+        tile = _load_heads(operand, rows * stride_s * UNIT, valid, HEAD, WIDTH)
+    return tile
+
+
+@triton.jit
 def _store_heads(pointer, rows, inside, value, scale, HEAD: tl.constexpr, WIDTH: tl.constexpr):
     dims = tl.arange(0, WIDTH)
     mask = inside[:, None] & (dims < HEAD)[None, :]
@@ -156,10 +169,10 @@ def _attention_kernel(
         for start in range(first, last, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             valid = columns < key_total
-            if TMA:
-                key = keys.load([batch * (stride_kb // stride_ks) + start, head * stride_kh * UNIT])
-            else:
-                key = _load_heads(keys, columns * stride_ks * UNIT, valid, HEAD, WIDTH)
+            key = _step_tile(
+                keys, batch, head, start, columns, valid, stride_kb, stride_ks, stride_kh,
+                HEAD, WIDTH, UNIT, TMA,
+            )  # fmt: skip
             logits = tl.dot(q, key.T)
             logits = tl.where(valid[None, :], logits * scaling, -float("inf"))
             new_highest = tl.maximum(highest, tl.max(logits, 1))
@@ -167,11 +180,10 @@ def _attention_kernel(
             shrink = tl.exp2(highest - new_highest)
             total = total * shrink + tl.sum(weights, 1)
             highest = new_highest
-            if TMA:
-                row = batch * (stride_vb // stride_vs) + start
-                value = values.load([row, head * stride_vh * UNIT])
-            else:
-                value = _load_heads(values, columns * stride_vs * UNIT, valid, HEAD, WIDTH)
+            value = _step_tile(
+                values, batch, head, start, columns, valid, stride_vb, stride_vs, stride_vh,
+                HEAD, WIDTH, UNIT, TMA,
+            )  # fmt: skip
             acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
 
         # A split without keys has total 0: an average of zeros, with a weight of 2^-inf.
@@ -273,7 +285,7 @@ def _tiles(heads: Tensor, block: list[int]) -> Any:
     """A descriptor of all heads (b, s, kv, k) as rows of tokens, which are equally far apart."""
     (b, s, kv, k), (stride_b, stride_s, stride_h, _) = heads.shape, heads.stride()
     rows = s if b == 1 else (b - 1) * (stride_b // stride_s) + s
-    if b > 1 and stride_b % stride_s or stride_s < kv * stride_h:
+    if (b > 1 and stride_b % stride_s) or stride_s < kv * stride_h:
         raise ValueError(f"keys and values must be rows of heads for tma, got {heads.stride()}")
     width = (kv - 1) * stride_h + k
     return TensorDescriptor.from_tensor(heads.as_strided((rows, width), (stride_s, 1)), block)

@@ -57,7 +57,7 @@ def geglu_reference(x: Tensor, weight: Tensor, alpha: Tensor | None = None) -> t
 
 @triton.jit
 def _geglu_kernel(
-    x, weight, weight_2, weight_3, out, alpha, scale, count, M, N, K, SPLIT_K: tl.constexpr,
+    x, weight, tail, out, alpha, scale, count, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr,
@@ -70,7 +70,7 @@ def _geglu_kernel(
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         product = linear_tile(
-            x, (weight, weight_2, weight_3), alpha, row, col, M, N, K, SPLIT_K,
+            x, (weight, tail), alpha, row, col, M, N, K, SPLIT_K,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]

@@ -28,7 +28,8 @@ _MANY_ROWS = (
     (64, 64, 1, 4, 6),
 )
 # Widths of tiles of _WAVE_ROWS rows that one wave of programs can have, and their num_stages.
-_WAVE_ROWS, _WAVE_WIDTHS, _WAVE_STAGES = 128, (48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 256), (3, 4, 5, 6)
+_WAVE_ROWS, _WAVE_WIDTHS = 128, (48, 64, 80, 96, 128, 144, 160, 192, 256)
+_WAVE_STAGES = (3, 4, 5, 6)
 # cuBLAS wants E4M3 operands of these multiples.
 _LIBRARY_ALIGN = 16
 # Warps that keep a multiprocessor's matrix units busy.
@@ -92,9 +93,7 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
     return launches
 
 
-def _one_wave(
-    m: int, n: int, itemsize: int, device: Device, split_k: int = 1
-) -> list[TileLaunch]:
+def _one_wave(m: int, n: int, itemsize: int, device: Device, split_k: int = 1) -> list[TileLaunch]:
     """The narrowest tiles of which all run at once: no width of a power of two fills a GPU."""
     rows = math.ceil(m / _WAVE_ROWS)
     width = next(

@@ -69,7 +69,7 @@ def linear_reference(
 
 @triton.jit
 def _linear_kernel(
-    x, weight, weight_2, weight_3, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
+    x, weight, tail, out, alpha, bias, gate, residual, scale, count, stride_gate, M, N, K,
     GELU: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -83,7 +83,7 @@ def _linear_kernel(
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         tile_parts = linear_tile(
-            x, (weight, weight_2, weight_3), alpha, row, col, M, N, K, SPLIT_K,
+            x, (weight, tail), alpha, row, col, M, N, K, SPLIT_K,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
@@ -120,11 +120,11 @@ def linear(
     """Write `linear_reference` to `out` (m, n), which may be `residual` itself.
 
     x: (m, k), weight: (n, k), both bfloat16, E4M3 or fp32. alpha: fp32 (1,), the product of the
-    scales of E4M3 operands. bias: fp32 (n,), or bfloat16 with such operands: a library that follows
-    the product with GELU itself takes no other. gate: fp32 (m or 1, n), of any row stride. residual:
-    (m, n), as `out` or fp32. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows
-    that are valid; others are neither computed nor written, except by a library alone. partials:
-    see `launch_linear`.
+    scales of E4M3 operands. bias: fp32 (n,), or bfloat16 as the operands, which a library needs to
+    do bias and GELU itself. gate: fp32 (m or 1, n), of any row stride. residual: (m, n), as `out`
+    or fp32. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid;
+    others are neither computed nor written, except by a library alone. partials: see
+    `launch_linear`.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """

@@ -77,7 +77,7 @@ def qkv_rope_reference(
 
 @triton.jit
 def _qkv_rope_kernel(
-    x, weight, weight_2, weight_3, query, keys, values, cos, sin, alpha, offset, count,
+    x, weight, tail, query, keys, values, cos, sin, alpha, offset, count,
     Q_WIDTH: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD: tl.constexpr, capacity,
     M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,7 +92,7 @@ def _qkv_rope_kernel(
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         product = linear_tile(
-            x, (weight, weight_2, weight_3), alpha, row, col, M, N, K, SPLIT_K,
+            x, (weight, tail), alpha, row, col, M, N, K, SPLIT_K,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]

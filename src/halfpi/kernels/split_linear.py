@@ -35,7 +35,6 @@ from halfpi.kernels.spec import (
     random_operands,
 )
 from halfpi.kernels.tile import (
-    MOST_PARTS,
     TileLaunch,
     begin_product,
     part_cols,
@@ -62,7 +61,7 @@ def split_linear_reference(x: Tensor, weight: Tensor, split_k: int, block_k: int
 
 @triton.jit
 def _split_linear_kernel(
-    x, weight, weight_2, weight_3, partials, count, M, N, K, SPLIT_K: tl.constexpr,
+    x, weight, tail, partials, count, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -76,7 +75,7 @@ def _split_linear_kernel(
     begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     if row < valid:
         product = product_tile(
-            x, (weight, weight_2, weight_3), row, col,
+            x, (weight, tail), row, col,
             k_first, tl.minimum(k_first + length, K), M, N, K,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
@@ -147,8 +146,8 @@ def launch_linear(
     """Run an operation's `kernel` over all tiles of x (m, k) · weight (n, k)ᵀ.
 
     With split_k > 1 or a library, `split_linear` first writes `partials` (split_k, m, n), and the
-    kernel sums them. It is called with x or partials, weight or None, `arguments`, M, N, K and the
-    constants of `linear_tile`.
+    kernel sums them. It is called with x or partials, weight and tail or None, `arguments`, M, N, K
+    and the constants of `linear_tile`.
     """
     (m, k), n = x.shape, weight.shape[0]
     check("x", x, (m, k), FP8, *FLOATS)
@@ -159,7 +158,7 @@ def launch_linear(
         raise ValueError(f"partials must be given, got None with {launch}")
     else:
         split_linear(x, weight, partials, launch)
-        operands = (partials, None, None, None)
+        operands = (partials, None, None)
         plain = dataclasses.replace(launch, ahead=0, tma=False, promote=0)
         tile = _tile_constants(plain, k) | _SUM_TILE
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
@@ -170,14 +169,14 @@ def launch_linear(
 
 
 def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, ...]:
-    """x and weight as a kernel takes them: with TMA, a descriptor for each width of a tile."""
+    """x, weight and tail as a kernel takes them: with TMA, a descriptor for each part of a tile."""
     if not launch.tma:
-        return x, weight, None, None
+        return x, weight, None
     blocks = ((x, launch.block_m), *((weight, width) for width in launch.widths))
     descriptors = [
         TensorDescriptor.from_tensor(operand, [rows, launch.block_k]) for operand, rows in blocks
     ]
-    return (*descriptors, *[None] * (MOST_PARTS - len(launch.widths)))
+    return (*descriptors, None)[:3]
 
 
 def _tile_constants(launch: TileLaunch, k: int) -> dict[str, Any]:

@@ -18,11 +18,9 @@ import triton.language as tl
 
 from halfpi.kernels.spec import FP8_MAX, Launch
 
-# A tile of the output has at most this many parts: how many descriptors of weights a kernel takes.
-MOST_PARTS = 3
 LINE_BYTES = tl.constexpr(128)
 _FP8_MAX = tl.constexpr(FP8_MAX)
-# Triton's interpreter has no assembly.
+# Triton's interpreter has neither assembly nor conversions that saturate.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -52,15 +50,15 @@ def _part_first(block_n, part):
 class TileLaunch(Launch):
     """Knobs of a linear operation.
 
-    block_m × block_n is the tile of the output, block_k the step along K. block_n is a multiple of
-    16 of any width, so that one wave of tiles can fill a GPU: see `widths`. split_k: how many
-    programs share one tile; more than one needs a workspace. programs: how many share all tiles,
-    one after another, so that loads of the next tile overlap what ends this one; 0 is one each.
-    ahead: how many steps of weights are fetched into L2 before waiting for the kernel before (with
-    pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how many steps an
-    E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14 bits
-    (DeepSeek-V3 2024, 3.3.2); 0 is never. library: cuBLAS multiplies (bfloat16 or E4M3) all rows
-    into a workspace, as if K were split.
+    block_m × block_n is the tile of the output, block_k the step along K. block_n is the sum of one
+    or two powers of two, which Triton's blocks are, so that one wave of tiles can fill a GPU.
+    split_k: how many programs share one tile; more than one needs a workspace. programs: how many
+    share all tiles, one after another, so that loads of the next tile overlap what ends this one; 0
+    is one each. ahead: how many steps of weights are fetched into L2 before waiting for the kernel
+    before (with pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how
+    many steps an E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14
+    bits (DeepSeek-V3 2024, 3.3.2); 0 is never. library: cuBLAS multiplies (bfloat16 or E4M3) all
+    rows into a workspace, as if K were split.
     """
 
     block_m: int = 128
@@ -76,10 +74,8 @@ class TileLaunch(Launch):
     def __post_init__(self) -> None:
         if self.ahead and (self.tma or not self.pdl):
             raise ValueError(f"ahead needs pdl and does not go with tma, got {self}")
-        if len(self.widths) > MOST_PARTS:
-            raise ValueError(
-                f"block_n must be the sum of at most {MOST_PARTS} powers of two, got {self}"
-            )
+        if len(self.widths) > 2:
+            raise ValueError(f"block_n must be one or the sum of two powers of two, got {self}")
         if self.library and self.split_k > 1:
             raise ValueError(f"a library does not split K, got {self}")
 
@@ -90,8 +86,8 @@ class TileLaunch(Launch):
 
     @property
     def widths(self) -> list[int]:
-        """Powers of two, which Triton's blocks are, that block_n is the sum of: 208 = 128+64+16."""
-        return part_widths(self.block_n)
+        """Of the parts of a tile, the second of which is its tail: 160 is 128 and 32."""
+        return list(part_widths(self.block_n))
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipeline of operand tiles."""
@@ -215,8 +211,9 @@ def product_tile(
 ):  # fmt: skip
     """fp32 tile of x (M, K) · weight (N, K)ᵀ over k_first ≤ k < k_last, from (row, col) on.
 
-    weight: a tuple, see `_weight_tile`. The tile is a tuple of its parts, see `part_cols`. fp32 operands are not rounded to TF32. Rows and
-    columns past the end repeat the last one (or are zero with TMA): they are not stored.
+    weight: a tuple, see `_weight_tile`. The tile is one too, of its parts. fp32 operands are not
+    rounded to TF32. Rows and columns past the end repeat the last one (or are zero with TMA): they
+    are not stored.
     """
     PARTS: tl.constexpr = part_count(BLOCK_N)
     accs, places = (), ()
@@ -323,5 +320,7 @@ def gelu_tanh(x):
 def store(pointers, value, scale, mask):
     """Store fp32 `value`; E4M3 is quantised by the static `scale` first."""
     if pointers.dtype.element_ty == tl.float8e4nv:
-        value = tl.minimum(tl.maximum(value * (1.0 / scale), -_FP8_MAX), _FP8_MAX)
+        value *= 1.0 / scale
+        if _INTERPRETED:  # a GPU's conversion ends at the largest number by itself
+            value = tl.minimum(tl.maximum(value, -_FP8_MAX), _FP8_MAX)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
