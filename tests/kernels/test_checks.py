@@ -71,6 +71,10 @@ def test_knobs_that_exclude_each_other() -> None:
         TileLaunch(ahead=1)
     with pytest.raises(ValueError, match="a library does not split K"):
         TileLaunch(library=True, split_k=2)
+    with pytest.raises(ValueError, match="block_n must be one or the sum of two powers of two"):
+        TileLaunch(block_n=208)
+    with pytest.raises(ValueError, match="tma does not go with splits"):
+        AttentionLaunch(tma=True, splits=2)
 
 
 def test_attention() -> None:
@@ -86,6 +90,9 @@ def test_attention() -> None:
         attention(query, keys, keys, query, launch, key_count=torch.tensor([3]))
     with pytest.raises(ValueError, match="partials and log_sums must be given"):
         attention(query, keys, keys, query, AttentionLaunch(splits=2))
+    heads_first = bfloat16(1, 2, 9, 16).transpose(1, 2)
+    with pytest.raises(ValueError, match="keys and values must be rows of heads for tma"):
+        attention(query, heads_first, heads_first, query, AttentionLaunch(tma=True))
 
 
 def test_qkv_rope() -> None:

@@ -61,6 +61,8 @@ def finished(spec: KernelSpec[Launch], case: Case, launch: Launch) -> Problem:
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from halfpi.kernels.attention import AttentionLaunch, attention, attention_reference
+
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on 0/0 and 2^-inf
 
     @pytest.mark.parametrize(("spec", "case", "launch"), runs())
@@ -73,6 +75,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             )
             if output.valid is not None:
                 assert output.tensor[~output.valid].isnan().all()
+
+    def test_attention_on_heads_that_share_rows() -> None:
+        torch.manual_seed(0)
+        rows = torch.randn(2, 40, 3, 5, 24)  # q, k and v of five heads side by side
+        query, keys, values = rows.unbind(2)
+        launch = AttentionLaunch(block_m=16, block_n=16, tma=True)
+        out = torch.full(query.shape, torch.nan)
+        attention(query, keys, values, out, launch)
+        (truth,) = attention_reference(query, keys, values)
+        torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(("spec", "case", "launch"), runs())
     def test_narrow(spec: KernelSpec[Launch], case: Case, launch: Launch) -> None:

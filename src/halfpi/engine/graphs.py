@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 Replay = Callable[[], None]
-
-
-def side_by_side(works: Sequence[Callable[[], None]], streams: Sequence[torch.cuda.Stream]) -> None:
-    """Enqueue `works`, which do not depend on each other, and let what follows wait for them all.
-
-    The first is on the current stream and each other on one of `streams`; without any, on a CPU,
-    they run one after another.
-    """
-    beside = list(zip(works[1:], streams, strict=False))
-    for work, stream in beside:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-    for work in (works[0], *works[1 + len(beside) :]):
-        work()
-    for _, stream in beside:
-        torch.cuda.current_stream().wait_stream(stream)
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Replay:

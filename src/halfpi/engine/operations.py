@@ -39,12 +39,7 @@ class Operations:
     """
 
     def __init__(self, device: torch.device, working: torch.dtype) -> None:
-        self._device = device
         self._launches = Launches(device, working)
-
-    def beside(self) -> Operations:
-        """Operations with a workspace of their own, for kernels that run beside these."""
-        return Operations(self._device, self._launches.working)
 
     def patchify(self, images: Tensor, patch: int, out: Tensor) -> None:
         """Rows of patches of `images` (n, h, w, c)."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
-from halfpi.engine.graphs import side_by_side
 from halfpi.engine.operations import Operations, Pending
 from halfpi.engine.packing import Matrix, VisionLayer, VisionWeights
-
-# Cameras that share a lane: rows of one product. Lanes run side by side.
-CAMERAS_A_LANE = 1
 
 
 class VisionStage:
@@ -35,11 +29,9 @@ class VisionStage:
         """Allocate for `max_cameras`. A buffer has the dtype of the matrix that reads it."""
         self._config = config
         self._weights = weights
-        self._lanes = [operations.beside() for _ in range(max_cameras)]
+        self._ops = operations
         self._prefix = prefix
         device, rows = prefix.device, max_cameras * config.tokens_per_image
-        beside = range(max_cameras - 1) if device.type == "cuda" else ()
-        self._streams = [torch.cuda.Stream(device) for _ in beside]  # type: ignore[no-untyped-call]
 
         def read_by(matrix: Matrix) -> Tensor:
             shape = (rows, matrix.weight.shape[1])
@@ -61,47 +53,40 @@ class VisionStage:
 
     def enqueue(self, images: Tensor, first: int, count: int) -> None:
         """Encode blocks `first` … of `images`, which is `pixels` or `floats`."""
-        works = [
-            partial(self._encode, images, begin, min(CAMERAS_A_LANE, first + count - begin))
-            for begin in range(first, first + count, CAMERAS_A_LANE)
-        ]
-        side_by_side(works, self._streams)
-
-    def _encode(self, images: Tensor, first: int, count: int) -> None:
-        config, ops, weights = self._config, self._lanes[first], self._weights
-        rows = slice(first * config.tokens_per_image, (first + count) * config.tokens_per_image)
+        config, ops, weights = self._config, self._ops, self._weights
+        rows = count * config.tokens_per_image
         chosen = images[first : first + count]
         if images is self.floats:
             chosen = chosen.movedim(1, -1)
-        x = self._x[rows]
-        ops.patchify(chosen, config.patch_size, self._patches[rows])
-        ops.linear(self._patches[rows], weights.patch, x, residual=self._positions[rows])
+        x = self._x[:rows]
+        ops.patchify(chosen, config.patch_size, self._patches[:rows])
+        ops.linear(self._patches[:rows], weights.patch, x, residual=self._positions[:rows])
         pending = None
         for layer in weights.layers:
-            pending = self._layer(ops, rows, layer, pending)
-        ops.layer_norm(x, weights.norm, self._final[rows], weights.projector, pending)
-        ops.linear(self._final[rows], weights.projector, self._prefix[rows])
+            pending = self._layer(x, layer, pending)
+        ops.layer_norm(x, weights.norm, self._final[:rows], weights.projector, pending)
+        begin = first * config.tokens_per_image
+        ops.linear(self._final[:rows], weights.projector, self._prefix[begin : begin + rows])
 
-    def _layer(
-        self, ops: Operations, rows: slice, layer: VisionLayer, pending: Pending | None
-    ) -> Pending:
+    def _layer(self, x: Tensor, layer: VisionLayer, pending: Pending | None) -> Pending:
         """One block; `pending` is the output of the one before, which its first norm adds."""
-        x, normed, mixed = self._x[rows], self._attn_normed[rows], self._mixed[rows]
+        ops, rows = self._ops, x.shape[0]
+        normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
         ops.layer_norm(x, layer.attn_norm, normed, layer.qkv, pending)
-        ops.linear(normed, layer.qkv, self._qkv[rows])
-        self._attention(ops, rows, layer)
+        ops.linear(normed, layer.qkv, self._qkv[:rows])
+        self._attention(rows, layer)
         attended = ops.split_linear(mixed, layer.out)
-        normed, hidden = self._mlp_normed[rows], self._hidden[rows]
+        normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
         ops.layer_norm(x, layer.mlp_norm, normed, layer.fc1, attended)
         ops.linear(normed, layer.fc1, hidden, layer.fc2, gelu=True)
         return ops.split_linear(hidden, layer.fc2)
 
-    def _attention(self, ops: Operations, rows: slice, layer: VisionLayer) -> None:
+    def _attention(self, rows: int, layer: VisionLayer) -> None:
         """Every image's tokens among themselves."""
         config = self._config
         heads = (config.vision_heads, config.vision_head_dim)
         tokens = config.tokens_per_image
-        qkv = self._qkv[rows].view(-1, tokens, 3, *heads)
+        qkv = self._qkv[:rows].view(-1, tokens, 3, *heads)
         query, keys, values = (qkv[:, :, part] for part in range(3))
-        out = self._mixed[rows].view(-1, tokens, *heads)
-        ops.attention(query, keys, values, out, layer.out, bias=layer.query_bias)
+        out = self._mixed[:rows].view(-1, tokens, *heads)
+        self._ops.attention(query, keys, values, out, layer.out, bias=layer.query_bias)

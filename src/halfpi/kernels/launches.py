@@ -34,8 +34,9 @@ _WAVE_STAGES = (3, 4, 5, 6)
 _LIBRARY_ALIGN = 16
 # Warps that keep a multiprocessor's matrix units busy.
 _WARPS = 8
-# Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does.
-_FAST_SUM = 8192
+# Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does; of
+# a part of K, whose output is smaller, those of more than the second.
+_FAST_SUM, _FAST_PART = 8192, 2048
 # block_n, lines of memory a step along K, num_stages.
 _FEW_ROWS = ((64, 1, 4), (64, 1, 6), (64, 2, 3), (32, 1, 6), (32, 2, 4), (16, 2, 5), (128, 1, 4))
 
@@ -58,15 +59,24 @@ def split_linear_launches(
     launches = linear_launches(m, n, k, itemsize, device)
     if m <= FEW_ROWS:
         return launches
-    split = tuple(
-        dataclasses.replace(one, split_k=split_k, promote=one.promote and int(split_k == 1))
+    split = [
+        dataclasses.replace(one, split_k=split_k)
         for split_k in (2, 1, 3, 4)
         for one in launches
         if one.programs == 0 and _tiles(one, m, n) * split_k <= 2 * device.multiprocessors
         if split_k == 1 or not one.library
+    ]
+    for split_k in (2, 3, 4):
+        split += _one_wave(m, n, itemsize, device, split_k)
+    return tuple(
+        one if one.library else dataclasses.replace(one, promote=_promoted(one, k, itemsize))
+        for one in split
+        if one.shared_bytes(itemsize) <= device.shared_bytes
     )
-    waves = (one for split_k in (2, 3, 4) for one in _one_wave(m, n, itemsize, device, split_k))
-    return (*split, *(one for one in waves if one.shared_bytes(itemsize) <= device.shared_bytes))
+
+
+def _promoted(launch: TileLaunch, k: int, itemsize: int) -> int:
+    return int(itemsize == 1 and k > launch.split_k * _FAST_PART)
 
 
 def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[TileLaunch]:
