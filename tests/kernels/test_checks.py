@@ -13,7 +13,8 @@ from halfpi.kernels.spec import FP8, Launch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from halfpi.kernels.ada_rms_norm import ada_rms_norm
-from halfpi.kernels.attention import AttentionLaunch, attention
+from halfpi.kernels.attention import attention
+from halfpi.kernels.attention_launches import AttentionLaunch
 from halfpi.kernels.embed import embed
 from halfpi.kernels.geglu import geglu
 from halfpi.kernels.layer_norm import layer_norm

@@ -61,7 +61,8 @@ def finished(spec: KernelSpec[Launch], case: Case, launch: Launch) -> Problem:
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from halfpi.kernels.attention import AttentionLaunch, attention, attention_reference
+    from halfpi.kernels.attention import attention, attention_reference
+    from halfpi.kernels.attention_launches import AttentionLaunch
 
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on 0/0 and 2^-inf
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from halfpi.kernels.attention_launches import (
+    AttentionLaunch,
+    attention_launches,
+    head_block,
+)
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
     Case,
-    Device,
     KernelSpec,
     Launch,
     Problem,
@@ -40,24 +43,6 @@ from halfpi.kernels.tile import begin, fetch_rows, scalar, store, valid_count
 _LOG2_E = math.log2(math.e)
 # Strides of this multiple or more are as good as each other: a load has at most 16 bytes.
 _ALIGNED = 16
-
-
-@dataclass(frozen=True)
-class AttentionLaunch(Launch):
-    """Knobs of attention: rows of packed queries, keys a step, programs that share the keys.
-
-    tma: keys and values are read through tensor descriptors (sm_90 and newer), without splits. The
-    last step then reads past the valid keys.
-    """
-
-    block_m: int = 64
-    block_n: int = 64
-    splits: int = 1
-    tma: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tma and self.splits > 1:
-            raise ValueError(f"tma does not go with splits, got {self}")
 
 
 def attention_reference(
@@ -258,7 +243,7 @@ def attention(
     check("bias", bias, (q, k), torch.float32)
     check_output(out, (b, t, q, k), scale)
     split = launch.splits > 1
-    width = _head_block(k)
+    width = head_block(k)
     strides = [stride for one in (query, keys, values) for stride in one.stride()[:3]]
     unit = math.gcd(*strides, _ALIGNED)
     grid = (triton.cdiv(t * q // kv, launch.block_m), launch.splits, b * kv)
@@ -284,16 +269,12 @@ def attention(
 def _tiles(heads: Tensor, block: list[int]) -> Any:
     """A descriptor of all heads (b, s, kv, k) as rows of tokens, which are equally far apart."""
     (b, s, kv, k), (stride_b, stride_s, stride_h, _) = heads.shape, heads.stride()
-    rows = s if b == 1 else (b - 1) * (stride_b // stride_s) + s
-    if (b > 1 and stride_b % stride_s) or stride_s < kv * stride_h:
+    rows, width = s, (kv - 1) * stride_h + k
+    if b > 1:
+        rows += (b - 1) * (stride_b // stride_s)
+    if width > stride_s or (b > 1 and stride_b % stride_s):
         raise ValueError(f"keys and values must be rows of heads for tma, got {heads.stride()}")
-    width = (kv - 1) * stride_h + k
     return TensorDescriptor.from_tensor(heads.as_strided((rows, width), (stride_s, 1)), block)
-
-
-def _head_block(head_dim: int) -> int:
-    """What a head is padded to: the next power of two that a product can have."""
-    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def _check(
@@ -372,41 +353,6 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
     )
 
 
-def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
-    """Whole keys a program with many query rows, split keys with few."""
-    rows = case["t"] * case["q"] // case["kv"]
-    tiles = case["b"] * case["kv"] * math.ceil(rows / 64)
-    splits = (1, 2) if tiles >= 64 else (16, 8, 12, 4)
-    shapes = (
-        (64, 64, 4, 2),
-        (64, 32, 4, 2),
-        (64, 32, 4, 3),
-        (64, 64, 8, 2),
-        (128, 64, 8, 2),
-        (128, 128, 8, 2),
-        (64, 128, 4, 2),
-        (128, 128, 8, 1),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-    )
-    pdl = device.is_hopper_or_newer
-    # Descriptors want rows of whole 16 bytes.
-    tma = (False, True) if pdl and case["k"] * case.dtype.itemsize % 16 == 0 else (False,)
-    return tuple(
-        AttentionLaunch(warps, stages, pdl, block_m, block_n, split, with_tma)
-        for with_tma in tma
-        for split in splits
-        for block_m, block_n, warps, stages in shapes
-        if _shared_bytes(case, block_m, block_n, stages) <= device.shared_bytes
-        if split == 1 or not with_tma
-    )
-
-
-def _shared_bytes(case: Case, block_m: int, block_n: int, stages: int) -> int:
-    rows = block_m + 2 * stages * block_n
-    return rows * _head_block(case["k"]) * case.dtype.itemsize
-
-
 def _cases() -> Iterator[Case]:
     vision = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16, "missing": 0, "bias": 1}
     prefix = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1, "missing": 0, "bias": 0}
@@ -420,4 +366,4 @@ def _cases() -> Iterator[Case]:
     yield Case("ragged-head", ragged, out_dtype=FP8, real=False)
 
 
-SPEC = KernelSpec("attention", tuple(_cases()), _problem, _launches)
+SPEC = KernelSpec("attention", tuple(_cases()), _problem, attention_launches)
