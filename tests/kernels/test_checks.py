@@ -13,7 +13,8 @@ from halfpi.kernels.spec import FP8, Launch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from halfpi.kernels.ada_rms_norm import ada_rms_norm
-from halfpi.kernels.attention import AttentionLaunch, attention
+from halfpi.kernels.attention import attention
+from halfpi.kernels.attention_launches import AttentionLaunch
 from halfpi.kernels.embed import embed
 from halfpi.kernels.geglu import geglu
 from halfpi.kernels.layer_norm import layer_norm
@@ -45,7 +46,7 @@ LINEAR: dict[str, Any] = {
         ({"out": bfloat16(4, 9)}, r"out must be .* \(4, 8\), got bfloat16 \(4, 9\)"),
         ({"out": bfloat16(4, 8).to(FP8)}, "out must be .* got float8_e4m3fn"),
         ({"scale": torch.ones(1)}, "out must be contiguous float8_e4m3fn"),
-        ({"bias": torch.zeros(7)}, r"bias must be .* float32 \(8,\)"),
+        ({"bias": torch.zeros(7)}, r"bias must be .* float32 or bfloat16 \(8,\)"),
         ({"gate": torch.zeros(3, 8)}, r"gate must be float32 \(4, 8\) or \(1, 8\)"),
         ({"gate": torch.zeros(8, 4).T}, "gate must have contiguous rows"),
         ({"residual": bfloat16(4, 8).half()}, "residual must be contiguous bfloat16 or float32"),
@@ -71,6 +72,10 @@ def test_knobs_that_exclude_each_other() -> None:
         TileLaunch(ahead=1)
     with pytest.raises(ValueError, match="a library does not split K"):
         TileLaunch(library=True, split_k=2)
+    with pytest.raises(ValueError, match="block_n must be one or the sum of two powers of two"):
+        TileLaunch(block_n=208)
+    with pytest.raises(ValueError, match="tma does not go with splits"):
+        AttentionLaunch(tma=True, splits=2)
 
 
 def test_attention() -> None:
@@ -86,6 +91,9 @@ def test_attention() -> None:
         attention(query, keys, keys, query, launch, key_count=torch.tensor([3]))
     with pytest.raises(ValueError, match="partials and log_sums must be given"):
         attention(query, keys, keys, query, AttentionLaunch(splits=2))
+    heads_first = bfloat16(1, 2, 9, 16).transpose(1, 2)
+    with pytest.raises(ValueError, match="keys and values must be rows of heads for tma"):
+        attention(query, heads_first, heads_first, query, AttentionLaunch(tma=True))
 
 
 def test_qkv_rope() -> None:

@@ -84,13 +84,24 @@ def check_kernel(kernel: Any, case: Case, device: Device, launch: Launch) -> Non
             assert all(FP8_OPERANDS.search(one) for one in instructions)
 
 
+def has_descriptors(launch: Launch) -> bool:
+    return getattr(launch, "tma", False)
+
+
+def shares_tiles(launch: Launch) -> bool:
+    return getattr(launch, "programs", 0) > 0
+
+
+def has_tail(launch: Launch) -> bool:
+    return len(getattr(launch, "widths", [])) > 1
+
+
 def launches(spec: KernelSpec[Launch], case: Case, device: Device) -> Iterator[Launch]:
-    """The default, and the first with tensor descriptors and with programs that share tiles."""
+    """The default, and the first with tensor descriptors, shared tiles and tiles of two parts."""
     candidates = spec.candidates(case, device)
     yield candidates[0]
-    for kind in ("tma", "programs"):
-        others = (one for one in candidates[1:] if getattr(one, kind, 0))
-        yield from itertools.islice(others, 1)
+    for kind in (has_descriptors, shares_tiles, has_tail):
+        yield from itertools.islice(filter(kind, candidates[1:]), 1)
 
 
 def compilations() -> list[Any]:

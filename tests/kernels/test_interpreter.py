@@ -33,6 +33,8 @@ def small_launches(spec: KernelSpec[Launch], case: Case) -> list[Launch]:
     variants: list[dict[str, Any]] = [{}, *({name: 3} for name in splits)]
     if "tma" in fields:
         variants.append({"tma": True})
+    if "block_k" in fields:  # two parts
+        variants += [{"block_n": 48}, {"block_n": 48, "tma": True}]
     return [
         dataclasses.replace(
             launch, **{name: value for name, value in (small | more).items() if name in fields}
@@ -59,6 +61,9 @@ def finished(spec: KernelSpec[Launch], case: Case, launch: Launch) -> Problem:
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from halfpi.kernels.attention import attention, attention_reference
+    from halfpi.kernels.attention_launches import AttentionLaunch
+
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on 0/0 and 2^-inf
 
     @pytest.mark.parametrize(("spec", "case", "launch"), runs())
@@ -71,6 +76,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             )
             if output.valid is not None:
                 assert output.tensor[~output.valid].isnan().all()
+
+    def test_attention_on_heads_that_share_rows() -> None:
+        torch.manual_seed(0)
+        rows = torch.randn(2, 40, 3, 5, 24)  # q, k and v of five heads side by side
+        query, keys, values = rows.unbind(2)
+        launch = AttentionLaunch(block_m=16, block_n=16, tma=True)
+        out = torch.full(query.shape, torch.nan)
+        attention(query, keys, values, out, launch)
+        (truth,) = attention_reference(query, keys, values)
+        torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(("spec", "case", "launch"), runs())
     def test_narrow(spec: KernelSpec[Launch], case: Case, launch: Launch) -> None:

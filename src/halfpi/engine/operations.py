@@ -61,7 +61,7 @@ class Operations:
         update: dict[str, Any] = {}
         if pending is not None:
             update = {**_update(pending), "partials_bias": pending.matrix.bias}
-        launch = self._launches.row(x.shape[1])
+        launch = self._launches.of("layer_norm", x, out.dtype, m=x.shape[0], d=x.shape[1])
         layer_norm(x, norm.weight, norm.bias, out, launch, scale=reader.input_scale, **update)
 
     def rms_norm(
@@ -74,7 +74,7 @@ class Operations:
         pending: Pending | None = None,
     ) -> None:
         """RMSNorm of `x` (m, d), to which what is `pending` is added first."""
-        launch = self._launches.row(x.shape[1])
+        launch = self._launches.of("rms_norm", x, out.dtype, m=x.shape[0], d=x.shape[1])
         update = {} if pending is None else _update(pending)
         rms_norm(x, gain, out, launch, scale=reader.input_scale, count=count, **update)
 

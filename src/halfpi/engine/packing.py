@@ -27,15 +27,18 @@ from halfpi.quant.sites import matrix_products
 
 # Pixels of a patch are padded to whole steps along K of a product.
 PATCH_ALIGN = 64
+# Hidden activations of SigLIP are padded to whole lines of memory: rows of 4304 bytes would have
+# every load of 128 bytes touch two lines.
+HIDDEN_ALIGN = 128
 
 
 @dataclass(frozen=True)
 class Matrix:
     """The right side of one product, and what its epilogue needs.
 
-    weight: (n, k), in the working dtype or E4M3. bias: fp32 (n,). With E4M3, input_scale quantises
-    what comes in and alpha, its product with the weight's scale, undoes both: fp32 (1,), or in the
-    expert (steps, 1).
+    weight: (n, k), in the working dtype or E4M3. bias: (n,), fp32 unless said otherwise. With E4M3,
+    input_scale quantises what comes in and alpha, its product with the weight's scale, undoes both:
+    fp32 (1,), or in the expert (steps, 1).
     """
 
     weight: Tensor
@@ -182,9 +185,21 @@ class Packer:
             query_bias=self._wide(attn.q.bias).view(heads),
             out=dataclasses.replace(out, bias=self._wide(attn.o.bias) + constant),
             mlp_norm=self._layer_norm(block.mlp_norm),
-            fc1=self._site(f"{path}.mlp.fc1"),
-            fc2=self._site(f"{path}.mlp.fc2"),
+            fc1=self._fc1(f"{path}.mlp.fc1"),
+            fc2=self._site(f"{path}.mlp.fc2", lambda weights: _padded(weights[0], 1)),
         )
+
+    def _fc1(self, name: str) -> Matrix:
+        """Padded with outputs that GELU leaves zero.
+
+        Its bias is in the dtype of 16-bit weights, because cuBLAS, which can follow the product
+        with bias and GELU, wants it so.
+        """
+        matrix = self._site(name, lambda weights: _padded(weights[0], 0))
+        assert matrix.bias is not None
+        bias = _padded(matrix.bias, 0)
+        narrow = matrix.weight.dtype if matrix.alpha is None else bias.dtype
+        return dataclasses.replace(matrix, bias=bias.to(narrow))
 
     def _prefix_layer(self, index: int) -> PrefixLayer:
         path = f"prefix.layers.{index}"
@@ -249,6 +264,13 @@ class Packer:
 
     def _wide(self, parameter: Tensor) -> Tensor:
         return parameter.detach().to(self._device, torch.float32)
+
+
+def _padded(tensor: Tensor, dim: int) -> Tensor:
+    """`tensor` with zeros at the end of `dim`, to a multiple of HIDDEN_ALIGN."""
+    shape = list(tensor.shape)
+    shape[dim] = -shape[dim] % HIDDEN_ALIGN
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _interleaved(weights: Sequence[Tensor]) -> Tensor:

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from halfpi.kernels.attention_launches import (
+    AttentionLaunch,
+    attention_launches,
+    head_block,
+)
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
     Case,
-    Device,
     KernelSpec,
     Launch,
     Problem,
@@ -39,15 +43,6 @@ from halfpi.kernels.tile import begin, fetch_rows, scalar, store, valid_count
 _LOG2_E = math.log2(math.e)
 # Strides of this multiple or more are as good as each other: a load has at most 16 bytes.
 _ALIGNED = 16
-
-
-@dataclass(frozen=True)
-class AttentionLaunch(Launch):
-    """Knobs of attention: rows of packed queries, keys a step, programs that share the keys."""
-
-    block_m: int = 64
-    block_n: int = 64
-    splits: int = 1
 
 
 def attention_reference(
@@ -87,6 +82,19 @@ def _load_heads(pointer, rows, inside, HEAD: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _step_tile(
+    operand, batch, head, start, rows, valid, stride_b, stride_s, stride_h,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(rows, WIDTH) of keys or values of a head: by descriptor from `start` on, or at `rows`."""
+    if TMA:
+        tile = operand.load([batch * (stride_b // stride_s) + start, head * stride_h * UNIT])
+    else:
+        tile = _load_heads(operand, rows * stride_s * UNIT, valid, HEAD, WIDTH)
+    return tile
+
+
+@triton.jit
 def _store_heads(pointer, rows, inside, value, scale, HEAD: tl.constexpr, WIDTH: tl.constexpr):
     dims = tl.arange(0, WIDTH)
     mask = inside[:, None] & (dims < HEAD)[None, :]
@@ -101,17 +109,23 @@ def _attention_kernel(
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Strides come divided by UNIT, so that the compiler knows what they are multiples of."""
+    """Strides come divided by UNIT, so that the compiler knows what they are multiples of.
+
+    With TMA keys and values are descriptors of rows with all heads. What a tile has of the next
+    head meets zeros of the query, or is not stored.
+    """
     split = tl.program_id(1)
     batch = tl.program_id(2) // kv_heads
     head = tl.program_id(2) % kv_heads
     key_total = valid_count(key_count, batch, capacity)
     query_total, scale = valid_count(query_count, batch, tokens), scalar(scale, 1.0)
 
-    keys += (batch * stride_kb + head * stride_kh) * UNIT
-    values += (batch * stride_vb + head * stride_vh) * UNIT
+    if not TMA:
+        keys += (batch * stride_kb + head * stride_kh) * UNIT
+        values += (batch * stride_vb + head * stride_vh) * UNIT
     share = tl.cdiv(tl.cdiv(key_total, BLOCK_N), SPLITS) * BLOCK_N
     first = split * share
     last = tl.minimum(first + share, key_total)
@@ -140,7 +154,10 @@ def _attention_kernel(
         for start in range(first, last, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             valid = columns < key_total
-            key = _load_heads(keys, columns * stride_ks * UNIT, valid, HEAD, WIDTH)
+            key = _step_tile(
+                keys, batch, head, start, columns, valid, stride_kb, stride_ks, stride_kh,
+                HEAD, WIDTH, UNIT, TMA,
+            )  # fmt: skip
             logits = tl.dot(q, key.T)
             logits = tl.where(valid[None, :], logits * scaling, -float("inf"))
             new_highest = tl.maximum(highest, tl.max(logits, 1))
@@ -148,7 +165,10 @@ def _attention_kernel(
             shrink = tl.exp2(highest - new_highest)
             total = total * shrink + tl.sum(weights, 1)
             highest = new_highest
-            value = _load_heads(values, columns * stride_vs * UNIT, valid, HEAD, WIDTH)
+            value = _step_tile(
+                values, batch, head, start, columns, valid, stride_vb, stride_vs, stride_vh,
+                HEAD, WIDTH, UNIT, TMA,
+            )  # fmt: skip
             acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
 
         # A split without keys has total 0: an average of zeros, with a weight of 2^-inf.
@@ -209,8 +229,9 @@ def attention(
     query: (b, t, q, k). keys, values: (b, s, kv, k). All three are bfloat16, with any strides but
     contiguous heads. bias: fp32 (q, k), what a query projection without one left out; a key's bias
     changes nothing, and a value's is constant in `out`. key_count, query_count: int32 (b,), how
-    many of the s keys and t tokens are valid: others are neither read nor written; a sequence with
-    a valid query needs a valid key.
+    many of the s keys and t tokens are valid: others are neither read nor written, except that with
+    `launch.tma` invalid keys and values must be finite; a sequence with a valid query needs a valid
+    key.
     scale: fp32 (1,), quantises an E4M3 `out`. partials: (splits, b, t, q, k) and log_sums: fp32
     (splits, b, t, q), workspace when keys are split; bfloat16 partials halve its traffic.
 
@@ -222,16 +243,19 @@ def attention(
     check("bias", bias, (q, k), torch.float32)
     check_output(out, (b, t, q, k), scale)
     split = launch.splits > 1
-    width = _head_block(k)
+    width = head_block(k)
     strides = [stride for one in (query, keys, values) for stride in one.stride()[:3]]
     unit = math.gcd(*strides, _ALIGNED)
     grid = (triton.cdiv(t * q // kv, launch.block_m), launch.splits, b * kv)
+    operands = (keys, values)
+    if launch.tma:
+        operands = tuple(_tiles(one, [launch.block_n, width]) for one in operands)
     _attention_kernel[grid](
-        query, keys, values, bias, partials if split else out, log_sums if split else None,
+        query, *operands, bias, partials if split else out, log_sums if split else None,
         None if split else scale, key_count, query_count, b, t, s, kv, k**-0.5 * _LOG2_E,
         *(stride // unit for stride in strides),
         GROUP=q // kv, HEAD=k, WIDTH=width, UNIT=unit, SPLITS=launch.splits,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **launch.options(),
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TMA=launch.tma, **launch.options(),
     )  # fmt: skip
     if split:
         rows, block = b * t * q, 4
@@ -242,9 +266,15 @@ def attention(
         )  # fmt: skip
 
 
-def _head_block(head_dim: int) -> int:
-    """What a head is padded to: the next power of two that a product can have."""
-    return max(16, int(triton.next_power_of_2(head_dim)))
+def _tiles(heads: Tensor, block: list[int]) -> Any:
+    """A descriptor of all heads (b, s, kv, k) as rows of tokens, which are equally far apart."""
+    (b, s, kv, k), (stride_b, stride_s, stride_h, _) = heads.shape, heads.stride()
+    rows, width = s, (kv - 1) * stride_h + k
+    if b > 1:
+        rows += (b - 1) * (stride_b // stride_s)
+    if width > stride_s or (b > 1 and stride_b % stride_s):
+        raise ValueError(f"keys and values must be rows of heads for tma, got {heads.stride()}")
+    return TensorDescriptor.from_tensor(heads.as_strided((rows, width), (stride_s, 1)), block)
 
 
 def _check(
@@ -291,10 +321,11 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
         for tokens, heads in ((t, q), (s, kv), (s, kv))
     )
     invalid = torch.arange(s, device=device) >= key_count[:, None]
+    poison = 1e4 if launch.tma else torch.nan
     inputs: dict[str, Any] = {
         "query": query,
-        "keys": keys.masked_fill(invalid[..., None, None], torch.nan),
-        "values": values.masked_fill(invalid[..., None, None], torch.nan),
+        "keys": keys.masked_fill(invalid[..., None, None], poison),
+        "values": values.masked_fill(invalid[..., None, None], poison),
         "key_count": key_count,
         "bias": torch.randn(q, k, device=device) if case["bias"] else None,
     }
@@ -322,35 +353,6 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
     )
 
 
-def _launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
-    """Whole keys a program with many query rows, split keys with few."""
-    rows = case["t"] * case["q"] // case["kv"]
-    tiles = case["b"] * case["kv"] * math.ceil(rows / 64)
-    splits = (1, 2) if tiles >= 64 else (16, 8, 12, 4)
-    shapes = (
-        (64, 64, 4, 2),
-        (64, 32, 4, 2),
-        (64, 32, 4, 3),
-        (64, 64, 8, 2),
-        (128, 64, 8, 2),
-        (128, 128, 8, 2),
-        (64, 128, 4, 2),
-        (128, 128, 8, 1),
-    )
-    pdl = device.is_hopper_or_newer
-    return tuple(
-        AttentionLaunch(warps, stages, pdl, block_m, block_n, split)
-        for split in splits
-        for block_m, block_n, warps, stages in shapes
-        if _shared_bytes(case, block_m, block_n, stages) <= device.shared_bytes
-    )
-
-
-def _shared_bytes(case: Case, block_m: int, block_n: int, stages: int) -> int:
-    rows = block_m + 2 * stages * block_n
-    return rows * _head_block(case["k"]) * case.dtype.itemsize
-
-
 def _cases() -> Iterator[Case]:
     vision = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16, "missing": 0, "bias": 1}
     prefix = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1, "missing": 0, "bias": 0}
@@ -358,10 +360,10 @@ def _cases() -> Iterator[Case]:
         yield Case("vision", vision, out_dtype=out_dtype)
         yield Case("prefill", prefix, out_dtype=out_dtype)
         yield Case("expert", {**prefix, "t": 50, "s": 1018}, out_dtype=out_dtype)
-    ragged = {"b": 2, "t": 7, "q": 4, "k": 10, "s": 45, "kv": 2, "missing": 5, "bias": 0}
+    ragged = {"b": 2, "t": 7, "q": 4, "k": 24, "s": 45, "kv": 2, "missing": 5, "bias": 0}
     yield Case("ragged", ragged, real=False)
     ragged = {"b": 3, "t": 19, "q": 3, "k": 72, "s": 70, "kv": 1, "missing": 11, "bias": 1}
     yield Case("ragged-head", ragged, out_dtype=FP8, real=False)
 
 
-SPEC = KernelSpec("attention", tuple(_cases()), _problem, _launches)
+SPEC = KernelSpec("attention", tuple(_cases()), _problem, attention_launches)

@@ -34,6 +34,8 @@ from halfpi.kernels.tile import (
     begin_product,
     gelu_tanh,
     linear_tile,
+    pair_cols,
+    part_count,
     scalar,
     split_pairs,
     store,
@@ -55,7 +57,7 @@ def geglu_reference(x: Tensor, weight: Tensor, alpha: Tensor | None = None) -> t
 
 @triton.jit
 def _geglu_kernel(
-    x, weight, out, alpha, scale, count, M, N, K, SPLIT_K: tl.constexpr,
+    x, weight, tail, out, alpha, scale, count, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, PERSISTENT: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr,
@@ -68,14 +70,15 @@ def _geglu_kernel(
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         product = linear_tile(
-            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
-            EVEN_K, TMA, PROMOTE,
+            x, (weight, tail), alpha, row, col, M, N, K, SPLIT_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
-        gate, up = split_pairs(product, BLOCK_M, BLOCK_N)
         rows = row + tl.arange(0, BLOCK_M)[:, None]
-        cols = col // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
-        inside = (rows < valid) & (cols < N // 2)
-        store(out + rows * (N // 2) + cols, gelu_tanh(gate) * up, scale, inside)
+        for part in tl.static_range(part_count(BLOCK_N)):
+            gate, up = split_pairs(product[part])
+            cols = pair_cols(col, BLOCK_N, part)[None, :]
+            inside = (rows < valid) & (cols < N // 2)
+            store(out + rows * (N // 2) + cols, gelu_tanh(gate) * up, scale, inside)
 
 
 def geglu(

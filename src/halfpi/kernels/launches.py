@@ -27,12 +27,16 @@ _MANY_ROWS = (
     (128, 64, 1, 4, 4),
     (64, 64, 1, 4, 6),
 )
+# Widths of tiles of _WAVE_ROWS rows that one wave of programs can have, and their num_stages.
+_WAVE_ROWS, _WAVE_WIDTHS = 128, (48, 64, 80, 96, 128, 144, 160, 192, 256)
+_WAVE_STAGES = (3, 4, 5, 6)
 # cuBLAS wants E4M3 operands of these multiples.
 _LIBRARY_ALIGN = 16
 # Warps that keep a multiprocessor's matrix units busy.
 _WARPS = 8
-# Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does.
-_FAST_SUM = 8192
+# Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does; of
+# a part of K, whose output is smaller, those of more than the second.
+_FAST_SUM, _FAST_PART = 8192, 2048
 # block_n, lines of memory a step along K, num_stages.
 _FEW_ROWS = ((64, 1, 4), (64, 1, 6), (64, 2, 3), (32, 1, 6), (32, 2, 4), (16, 2, 5), (128, 1, 4))
 
@@ -55,13 +59,24 @@ def split_linear_launches(
     launches = linear_launches(m, n, k, itemsize, device)
     if m <= FEW_ROWS:
         return launches
-    return tuple(
-        dataclasses.replace(one, split_k=split_k, promote=one.promote and int(split_k == 1))
+    split = [
+        dataclasses.replace(one, split_k=split_k)
         for split_k in (2, 1, 3, 4)
         for one in launches
         if one.programs == 0 and _tiles(one, m, n) * split_k <= 2 * device.multiprocessors
         if split_k == 1 or not one.library
+    ]
+    for split_k in (2, 3, 4):
+        split += _one_wave(m, n, itemsize, device, split_k)
+    return tuple(
+        one if one.library else dataclasses.replace(one, promote=_promoted(one, k, itemsize))
+        for one in split
+        if one.shared_bytes(itemsize) <= device.shared_bytes
     )
+
+
+def _promoted(launch: TileLaunch, k: int, itemsize: int) -> int:
+    return int(itemsize == 1 and k > launch.split_k * _FAST_PART)
 
 
 def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[TileLaunch]:
@@ -82,10 +97,32 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
         for one in with_tma
         if _tiles(one, m, n) > (programs := device.multiprocessors * (_WARPS // one.num_warps))
     ]
-    launches = [*with_tma, *persistent, *plain[:2]]
+    launches = [*with_tma, *persistent, *plain[:2], *_one_wave(m, n, itemsize, device)]
     if itemsize <= 2 and n % _LIBRARY_ALIGN == 0 and k % _LIBRARY_ALIGN == 0:
         launches.append(TileLaunch(pdl=True, library=True))
     return launches
+
+
+def _one_wave(m: int, n: int, itemsize: int, device: Device, split_k: int = 1) -> list[TileLaunch]:
+    """The narrowest tiles of which all run at once: no width of a power of two fills a GPU."""
+    rows = math.ceil(m / _WAVE_ROWS)
+    width = next(
+        (
+            width
+            for width in _WAVE_WIDTHS
+            if rows * math.ceil(n / width) * split_k <= device.multiprocessors
+        ),
+        None,
+    )
+    if width is None or not device.is_hopper_or_newer:
+        return []
+    return [
+        TileLaunch(
+            block_m=_WAVE_ROWS, block_n=width, block_k=_LINE_BYTES // itemsize, split_k=split_k,
+            num_warps=_WARPS, num_stages=stages, pdl=True, tma=True,
+        )
+        for stages in _WAVE_STAGES
+    ]  # fmt: skip
 
 
 def _tiles(launch: TileLaunch, m: int, n: int) -> int:

@@ -37,6 +37,9 @@ from halfpi.kernels.tile import (
     TileLaunch,
     begin_product,
     linear_tile,
+    pair_cols,
+    part_cols,
+    part_count,
     scalar,
     split_pairs,
     tile_count,
@@ -74,7 +77,7 @@ def qkv_rope_reference(
 
 @triton.jit
 def _qkv_rope_kernel(
-    x, weight, query, keys, values, cos, sin, alpha, offset, count,
+    x, weight, tail, query, keys, values, cos, sin, alpha, offset, count,
     Q_WIDTH: tl.constexpr, KV_WIDTH: tl.constexpr, HEAD: tl.constexpr, capacity,
     M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -89,32 +92,33 @@ def _qkv_rope_kernel(
     for tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):
         row, col = tile_origin(tile, valid, BLOCK_M, BLOCK_N)
         product = linear_tile(
-            x, weight, alpha, row, col, M, N, K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
-            EVEN_K, TMA, PROMOTE,
+            x, (weight, tail), alpha, row, col, M, N, K, SPLIT_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
         places = rows if offset is None else rows + offset
         inside = (rows < valid) & (places < capacity)
 
-        # Values do not turn: their angle is zero.
-        pairs = col // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
-        angles = places * (HEAD // 2) + pairs % (HEAD // 2)
-        turns = inside & (pairs < (Q_WIDTH + KV_WIDTH) // 2)
-        c = tl.load(cos + angles, mask=turns, other=1.0)
-        s = tl.load(sin + angles, mask=turns, other=0.0)
-        even, odd = split_pairs(product, BLOCK_M, BLOCK_N)
-        turned = tl.join(even * c - odd * s, odd * c + even * s)
-        out = tl.reshape(turned, (BLOCK_M, BLOCK_N)).to(keys.dtype.element_ty)
+        for part in tl.static_range(part_count(BLOCK_N)):
+            # Values do not turn: their angle is zero.
+            pairs = pair_cols(col, BLOCK_N, part)[None, :]
+            angles = places * (HEAD // 2) + pairs % (HEAD // 2)
+            turns = inside & (pairs < (Q_WIDTH + KV_WIDTH) // 2)
+            c = tl.load(cos + angles, mask=turns, other=1.0)
+            s = tl.load(sin + angles, mask=turns, other=0.0)
+            even, odd = split_pairs(product[part])
+            turned = tl.join(even * c - odd * s, odd * c + even * s)
+            out = tl.reshape(turned, product[part].shape).to(keys.dtype.element_ty)
 
-        cols = col + tl.arange(0, BLOCK_N)[None, :]
-        if Q_WIDTH > 0:
-            tl.store(query + rows * Q_WIDTH + cols, out, mask=inside & (cols < Q_WIDTH))
-        cols -= Q_WIDTH
-        is_key = (cols >= 0) & (cols < KV_WIDTH)
-        tl.store(keys + places * KV_WIDTH + cols, out, mask=inside & is_key)
-        cols -= KV_WIDTH
-        is_value = (cols >= 0) & (cols < KV_WIDTH)
-        tl.store(values + places * KV_WIDTH + cols, out, mask=inside & is_value)
+            cols = part_cols(col, BLOCK_N, part)[None, :]
+            if Q_WIDTH > 0:
+                tl.store(query + rows * Q_WIDTH + cols, out, mask=inside & (cols < Q_WIDTH))
+            cols -= Q_WIDTH
+            is_key = (cols >= 0) & (cols < KV_WIDTH)
+            tl.store(keys + places * KV_WIDTH + cols, out, mask=inside & is_key)
+            cols -= KV_WIDTH
+            is_value = (cols >= 0) & (cols < KV_WIDTH)
+            tl.store(values + places * KV_WIDTH + cols, out, mask=inside & is_value)
 
 
 def qkv_rope(

@@ -37,6 +37,8 @@ from halfpi.kernels.spec import (
 from halfpi.kernels.tile import (
     TileLaunch,
     begin_product,
+    part_cols,
+    part_count,
     product_tile,
     store,
     tile_origin,
@@ -59,7 +61,7 @@ def split_linear_reference(x: Tensor, weight: Tensor, split_k: int, block_k: int
 
 @triton.jit
 def _split_linear_kernel(
-    x, weight, partials, count, M, N, K, SPLIT_K: tl.constexpr,
+    x, weight, tail, partials, count, M, N, K, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -72,14 +74,16 @@ def _split_linear_kernel(
     valid = valid_count(count, 0, M)
     begin_product(weight, col, k_first, N, K, BLOCK_N, BLOCK_K, AHEAD, PDL)
     if row < valid:
-        acc = product_tile(
-            x, weight, row, col, k_first, tl.minimum(k_first + length, K), M, N, K,
+        product = product_tile(
+            x, (weight, tail), row, col,
+            k_first, tl.minimum(k_first + length, K), M, N, K,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)[:, None]
-        cols = col + tl.arange(0, BLOCK_N)[None, :]
-        inside = (rows < valid) & (cols < N)
-        store(partials + (split * M + rows) * N + cols, acc, 1.0, inside)
+        for part in tl.static_range(part_count(BLOCK_N)):
+            cols = part_cols(col, BLOCK_N, part)[None, :]
+            inside = (rows < valid) & (cols < N)
+            store(partials + (split * M + rows) * N + cols, product[part], 1.0, inside)
 
 
 def split_linear(
@@ -142,8 +146,8 @@ def launch_linear(
     """Run an operation's `kernel` over all tiles of x (m, k) · weight (n, k)ᵀ.
 
     With split_k > 1 or a library, `split_linear` first writes `partials` (split_k, m, n), and the
-    kernel sums them. It is called with x or partials, weight or None, `arguments`, M, N, K and the
-    constants of `linear_tile`.
+    kernel sums them. It is called with x or partials, weight and tail or None, `arguments`, M, N, K
+    and the constants of `linear_tile`.
     """
     (m, k), n = x.shape, weight.shape[0]
     check("x", x, (m, k), FP8, *FLOATS)
@@ -154,7 +158,7 @@ def launch_linear(
         raise ValueError(f"partials must be given, got None with {launch}")
     else:
         split_linear(x, weight, partials, launch)
-        operands = (partials, None)
+        operands = (partials, None, None)
         plain = dataclasses.replace(launch, ahead=0, tma=False, promote=0)
         tile = _tile_constants(plain, k) | _SUM_TILE
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
@@ -164,14 +168,15 @@ def launch_linear(
     kernel[(grid,)](*operands, *arguments, m, n, k, **constants, **tile)
 
 
-def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, Any]:
+def _operands(x: Tensor, weight: Tensor, launch: TileLaunch) -> tuple[Any, ...]:
+    """x, weight and tail as a kernel takes them: with TMA, a descriptor for each part of a tile."""
     if not launch.tma:
-        return x, weight
-    x_block, weight_block = ([rows, launch.block_k] for rows in (launch.block_m, launch.block_n))
-    return (
-        TensorDescriptor.from_tensor(x, x_block),
-        TensorDescriptor.from_tensor(weight, weight_block),
-    )
+        return x, weight, None
+    blocks = ((x, launch.block_m), *((weight, width) for width in launch.widths))
+    descriptors = [
+        TensorDescriptor.from_tensor(operand, [rows, launch.block_k]) for operand, rows in blocks
+    ]
+    return (*descriptors, None)[:3]
 
 
 def _tile_constants(launch: TileLaunch, k: int) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
 
 def _cases() -> Iterator[Case]:
     real = {
-        "vision-fc2": (768, 1152, 4304),
+        "vision-fc2": (768, 1152, 4352),
         "vision-out": (768, 1152, 1152),
         "prefill-down": (968, 2048, 16384),
         "prefill-out": (968, 2048, 2048),

@@ -20,20 +20,45 @@ from halfpi.kernels.spec import FP8_MAX, Launch
 
 LINE_BYTES = tl.constexpr(128)
 _FP8_MAX = tl.constexpr(FP8_MAX)
+# Triton's interpreter has neither assembly nor conversions that saturate.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def part_widths(block_n):
+    """The powers of two whose sum is `block_n`, the largest first."""
+    return [1 << bit for bit in reversed(range(block_n.bit_length())) if block_n >> bit & 1]
+
+
+@triton.constexpr_function
+def part_count(block_n):
+    """How many parts a tile of `block_n` columns has."""
+    return len(part_widths(block_n))
+
+
+@triton.constexpr_function
+def _part_width(block_n, part):
+    return part_widths(block_n)[part]
+
+
+@triton.constexpr_function
+def _part_first(block_n, part):
+    return sum(part_widths(block_n)[:part])
 
 
 @dataclass(frozen=True)
 class TileLaunch(Launch):
     """Knobs of a linear operation.
 
-    block_m × block_n is the tile of the output, block_k the step along K. split_k: how many
-    programs share one tile; more than one needs a workspace. programs: how many share all tiles,
-    one after another, so that loads of the next tile overlap what ends this one; 0 is one each.
-    ahead: how many steps of weights are fetched into L2 before waiting for the kernel before (with
-    pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how many steps an
-    E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14 bits
-    (DeepSeek-V3 2024, 3.3.2); 0 is never. library: cuBLAS multiplies (bfloat16 or E4M3) all rows
-    into a workspace, as if K were split.
+    block_m × block_n is the tile of the output, block_k the step along K. block_n is the sum of one
+    or two powers of two, which Triton's blocks are, so that one wave of tiles can fill a GPU.
+    split_k: how many programs share one tile; more than one needs a workspace. programs: how many
+    share all tiles, one after another, so that loads of the next tile overlap what ends this one; 0
+    is one each. ahead: how many steps of weights are fetched into L2 before waiting for the kernel
+    before (with pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how
+    many steps an E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14
+    bits (DeepSeek-V3 2024, 3.3.2); 0 is never. library: cuBLAS multiplies (bfloat16 or E4M3) all
+    rows into a workspace, as if K were split.
     """
 
     block_m: int = 128
@@ -49,6 +74,8 @@ class TileLaunch(Launch):
     def __post_init__(self) -> None:
         if self.ahead and (self.tma or not self.pdl):
             raise ValueError(f"ahead needs pdl and does not go with tma, got {self}")
+        if len(self.widths) > 2:
+            raise ValueError(f"block_n must be one or the sum of two powers of two, got {self}")
         if self.library and self.split_k > 1:
             raise ValueError(f"a library does not split K, got {self}")
 
@@ -56,6 +83,11 @@ class TileLaunch(Launch):
     def needs_partials(self) -> bool:
         """Whether an operation needs a workspace (split_k, m, n) for partial products."""
         return self.split_k > 1 or self.library
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the parts of a tile, the second of which is its tail: 160 is 128 and 32."""
+        return list(part_widths(self.block_n))
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipeline of operand tiles."""
@@ -93,9 +125,10 @@ def begin_product(
 ):  # fmt: skip
     """`begin`, but first fetch the weights of this tile for AHEAD steps from `k` on."""
     if AHEAD > 0:
-        cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        for step in tl.static_range(AHEAD):
-            fetch_rows(weight + cols * K, k + step * BLOCK_K, K, BLOCK_K)
+        for part in tl.static_range(part_count(BLOCK_N)):
+            cols = tl.minimum(part_cols(col, BLOCK_N, part), N - 1).to(tl.int64)
+            for step in tl.static_range(AHEAD):
+                fetch_rows(weight + cols * K, k + step * BLOCK_K, K, BLOCK_K)
     begin(PDL)
 
 
@@ -125,10 +158,29 @@ def tile_count(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def part_cols(col, BLOCK_N: tl.constexpr, PART: tl.constexpr):
+    """Columns of part PART of the tile that begins at `col`."""
+    return col + _part_first(BLOCK_N, PART) + tl.arange(0, _part_width(BLOCK_N, PART))
+
+
+@triton.jit
+def pair_cols(col, BLOCK_N: tl.constexpr, PART: tl.constexpr):
+    """As `part_cols`, for an output with one column for two of the tile."""
+    first = (col + _part_first(BLOCK_N, PART)) // 2
+    return first + tl.arange(0, _part_width(BLOCK_N, PART) // 2)
+
+
+@triton.jit
+def _row_places(rows, count, K):
+    """Where `rows` of an operand (count, K) begin; those past the end are the last one."""
+    return tl.minimum(rows, count - 1).to(tl.int64)[:, None] * K
+
+
+@triton.jit
 def _operand_tile(
     operand, rows, row, k, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr
 ):
-    """(rows, BLOCK_K) of `operand` (·, K) from column k on: at `row`, or at the `rows` pointers."""
+    """(rows, BLOCK_K) of `operand` (·, K) from column k on: at `row`, or at the places `rows`."""
     if TMA:
         tile = operand.load([row, k])
     else:
@@ -141,6 +193,17 @@ def _operand_tile(
 
 
 @triton.jit
+def _weight_tile(
+    weight, places, col, k, K, PART: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K, width of PART) of `weight`, which for TMA has a descriptor for each part."""
+    operand = weight[PART if TMA else 0]
+    first = col + _part_first(BLOCK_N, PART)
+    return _operand_tile(operand, places[PART], first, k, K, BLOCK_K, EVEN_K, TMA).T
+
+
+@triton.jit
 def product_tile(
     x, weight, row, col, k_first, k_last, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -148,26 +211,38 @@ def product_tile(
 ):  # fmt: skip
     """fp32 tile of x (M, K) · weight (N, K)ᵀ over k_first ≤ k < k_last, from (row, col) on.
 
-    fp32 operands are not rounded to TF32. Rows and columns past the end repeat the last one (or are
-    zero with TMA): they are not stored.
+    weight: a tuple, see `_weight_tile`. The tile is one too, of its parts. fp32 operands are not
+    rounded to TF32. Rows and columns past the end repeat the last one (or are zero with TMA): they
+    are not stored.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None] * K
-    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[:, None] * K
+    PARTS: tl.constexpr = part_count(BLOCK_N)
+    accs, places = (), ()
+    for part in tl.static_range(PARTS):
+        accs += (tl.zeros((BLOCK_M, _part_width(BLOCK_N, part)), tl.float32),)
+        places += (_row_places(part_cols(col, BLOCK_N, part), N, K),)
+    rows = _row_places(row + tl.arange(0, BLOCK_M), M, K)
     for k in range(k_first, k_last, BLOCK_K * (PROMOTE if PROMOTE > 0 else 1)):
+        sums = ()
         if PROMOTE > 0:
-            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for step in tl.static_range(PROMOTE):
-                ks = k + step * BLOCK_K
-                x_tile = _operand_tile(x, rows, row, ks, K, BLOCK_K, EVEN_K, TMA)
-                weight_tile = _operand_tile(weight, cols, col, ks, K, BLOCK_K, EVEN_K, TMA)
-                part = tl.dot(x_tile, weight_tile.T, part)
-            acc += part
+            for part in tl.static_range(PARTS):
+                acc = tl.zeros((BLOCK_M, _part_width(BLOCK_N, part)), tl.float32)
+                for step in tl.static_range(PROMOTE):
+                    ks = k + step * BLOCK_K
+                    x_tile = _operand_tile(x, rows, row, ks, K, BLOCK_K, EVEN_K, TMA)
+                    weight_tile = _weight_tile(
+                        weight, places, col, ks, K, part, BLOCK_N, BLOCK_K, EVEN_K, TMA
+                    )
+                    acc = tl.dot(x_tile, weight_tile, acc)
+                sums += (accs[part] + acc,)
         else:
             x_tile = _operand_tile(x, rows, row, k, K, BLOCK_K, EVEN_K, TMA)
-            weight_tile = _operand_tile(weight, cols, col, k, K, BLOCK_K, EVEN_K, TMA)
-            acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
-    return acc
+            for part in tl.static_range(PARTS):
+                weight_tile = _weight_tile(
+                    weight, places, col, k, K, part, BLOCK_N, BLOCK_K, EVEN_K, TMA
+                )
+                sums += (tl.dot(x_tile, weight_tile, accs[part], input_precision="ieee"),)
+        accs = sums
+    return accs
 
 
 @triton.jit
@@ -200,31 +275,52 @@ def linear_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """fp32 tile of alpha · x · weightᵀ; without a weight, x holds SPLIT_K partial products."""
-    if weight is None:
-        acc = partial_tile(x, row, col, M, N, SPLIT_K, BLOCK_M, BLOCK_N)
+    """fp32 tile of alpha · x · weightᵀ; without a weight, x holds SPLIT_K partial products.
+
+    A tuple of its parts, see `part_cols`.
+    """
+    if weight[0] is None:
+        parts = (partial_tile(x, row, col, M, N, SPLIT_K, BLOCK_M, BLOCK_N),)
     else:
-        acc = product_tile(
+        parts = product_tile(
             x, weight, row, col, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, PROMOTE
         )  # fmt: skip
-    return acc * alpha
+    scaled = ()
+    for part in tl.static_range(part_count(BLOCK_N)):
+        scaled += (parts[part] * alpha,)
+    return scaled
 
 
 @triton.jit
-def split_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The even and the odd columns of a (BLOCK_M, BLOCK_N) tile, which one thread holds both."""
-    return tl.split(tl.reshape(tile, (BLOCK_M, BLOCK_N // 2, 2)))
+def split_pairs(tile):
+    """The even and the odd columns of a tile, both of which one thread holds."""
+    return tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to 11 bits in one instruction, more than a bfloat16 holds (PTX ISA, tanh.approx)."""
+    if _INTERPRETED:
+        out = 2 * tl.sigmoid(2 * x) - 1
+    else:
+        out = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return out
 
 
 @triton.jit
 def gelu_tanh(x):
-    """The tanh form of GELU; ½(1 + tanh u) is the sigmoid of 2u, u = √(2/π)·(x + 0.044715·x³)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    """The tanh form of GELU: ½x(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    half = 0.5 * x
+    return half + half * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
 
 
 @triton.jit
 def store(pointers, value, scale, mask):
     """Store fp32 `value`; E4M3 is quantised by the static `scale` first."""
     if pointers.dtype.element_ty == tl.float8e4nv:
-        value = tl.minimum(tl.maximum(value * (1.0 / scale), -_FP8_MAX), _FP8_MAX)
+        value *= 1.0 / scale
+        if _INTERPRETED:  # a GPU's conversion ends at the largest number by itself
+            value = tl.minimum(tl.maximum(value, -_FP8_MAX), _FP8_MAX)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halfpi.kernels import ada_rms_norm, attention, geglu, layer_norm, linear, rms_norm
-from halfpi.kernels.attention import AttentionLaunch
+from halfpi.kernels.attention_launches import AttentionLaunch
 from halfpi.kernels.spec import FP8, Device, Launch, quantised
 from halfpi.kernels.tile import TileLaunch
 from halfpi.kernels.tuned import best
