@@ -221,9 +221,10 @@ class ExpertSteps:
     ) -> None:
         """Pack `layers`.
 
-        capacity: rows of the caches of keys and values that calls will bring. input_scales: fp32 (steps, depth, 4), of the inputs of qkv, out, gate_up, down, and
-        weight_scales: fp32 (depth, 4), of the matrices; both with E4M3 only. A stored number times
-        its scale is the value.
+        capacity: rows of the caches of keys and values that calls will bring. input_scales: fp32
+        (steps, depth, 4), of the inputs of qkv, out, gate_up, down, and weight_scales: fp32
+        (depth, 4), of the matrices; both with E4M3 only. A stored number times its scale is the
+        value.
 
         Raises ValueError naming what is wrong, ImportError naming the extra `hopper`.
         """
