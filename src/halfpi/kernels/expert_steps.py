@@ -79,7 +79,7 @@ class ExpertSizes:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of what blocks exchange through L2 (cuda/exchange.cuh)."""
-        rows = self.horizon * self.width * (self.precision.itemsize + 4 * self.q_heads)
+        rows = self.horizon * self.width * (self.precision.itemsize + 2 * self.q_heads)
         return rows + PEERS * 2 * self.head_dim * 2 * 8
 
     def cache_bytes(self, capacity: int) -> int:

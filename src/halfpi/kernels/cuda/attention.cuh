@@ -199,8 +199,8 @@ __device__ __forceinline__ void merge_row(const Block& b, float (&sum)[8], int c
     const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sum[2 * i] += w * __uint_as_float(words[i] << 16);
-      sum[2 * i + 1] += w * __uint_as_float(words[i] & 0xFFFF0000u);
+      sum[2 * i] += w * low_bf16(words[i]);
+      sum[2 * i + 1] += w * high_bf16(words[i]);
     }
   }
   const float inverse = reciprocal(total);

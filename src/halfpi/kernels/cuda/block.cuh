@@ -34,7 +34,7 @@ constexpr int AREA = 0, STRIDE = TILE + 8;
 constexpr int WEIGHTS = AREA, STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
 constexpr int STAGED = STATISTICS + 3 * GROUPS * 64 * 4;
 constexpr int RECENT_KEYS = (larger(larger(ROWS * WIDTH * BYTES, 2 * ROWS * STRIDE * 4),
-                                    larger(STAGED + ROWS * HEAD * 2, HEADS * WIDTH * 4) +
+                                    larger(STAGED + ROWS * HEAD * 2, SUMS_BYTES) +
                                         RECENT_BYTES) -
                              RECENT_BYTES + 127) / 128 * 128;
 constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;

@@ -20,8 +20,9 @@ constexpr int CHUNK = 16 / BYTES;                 // operands in 16 bytes
 constexpr long X = 0;                                            // of the next qkv or gate/up
 constexpr long RECENT = X + ROWS * WIDTH * BYTES;                // (split, chunk, slot, 16 bytes)
 constexpr int RECENT_SLOTS = 8, RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS;
-constexpr long SUMS = RECENT + PEERS * RECENT_BYTES;             // fp32 (row, cluster, d)
-constexpr long BUFFERS = SUMS + long(ROWS) * HEADS * WIDTH * 4;
+constexpr long SUMS = RECENT + PEERS * RECENT_BYTES;             // bf16 (row, cluster, d)
+constexpr int SUMS_BYTES = HEADS * WIDTH * 2;                    // of a row
+constexpr long BUFFERS = SUMS + long(ROWS) * SUMS_BYTES;
 static_assert(BUFFERS == BUFFER_BYTES, "the launcher allocates what the kernel uses");
 
 struct Watchdog {

@@ -69,11 +69,11 @@ __device__ __forceinline__ void fetch_x(const Block& b, int exchange) {
 
 // What all clusters add to this block's row.
 __device__ __forceinline__ void fetch_sums(const Block& b, int exchange) {
-  constexpr int SIZE = HEADS * WIDTH * 4;
   if (b.index >= ROWS) return;
   await(b.counters, SUMS_DONE, (exchange + 1) * BLOCKS);
-  mbarrier_expect(b.shared + SUMS_FULL, SIZE);
-  bulk_copy(b.shared + AREA, b.buffers + SUMS + b.index * long(SIZE), SIZE, b.shared + SUMS_FULL);
+  mbarrier_expect(b.shared + SUMS_FULL, SUMS_BYTES);
+  bulk_copy(b.shared + AREA, b.buffers + SUMS + b.index * SUMS_BYTES, SUMS_BYTES,
+            b.shared + SUMS_FULL);
 }
 
 __device__ __forceinline__ void fetch_activations(const Block& b) {

@@ -167,6 +167,11 @@ __device__ __forceinline__ u32 pack_bf16(float a, float b) {
   return word;
 }
 
+__device__ __forceinline__ float low_bf16(u32 word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float high_bf16(u32 word) {
+  return __uint_as_float(word & 0xFFFF0000u);
+}
+
 __device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
   u32 word;
   asm("{\n.reg .b16 low, high;\n"

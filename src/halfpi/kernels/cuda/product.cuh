@@ -169,20 +169,19 @@ __device__ __forceinline__ void wide_product(Block& b, int units, int operand, R
   all_consumers();
 }
 
-// Columns 128 · rank … of a cluster's share of the out or down projection.
+// Columns 128 · rank … of a cluster's share of the out or down projection; eight a thread.
 __device__ __forceinline__ void project(Block& b, int units, int operand, int barrier, float alpha) {
+  constexpr int LANES = TILE / 8;
   b.wait_for(barrier);
   wide_product(b, units, operand, AllReady());
-  const int first = b.thread / 32;
-  float* to = reinterpret_cast<float*>(b.buffers + SUMS) + b.head * WIDTH + b.rank * TILE;
+  const int first = b.thread / LANES, column = b.thread % LANES * 8;
+  char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + (b.rank * TILE + column) * 2;
 #pragma unroll
-  for (int i = 0; i < ROWS; i += CONSUMERS / 32) {
+  for (int i = 0; i < ROWS; i += CONSUMERS / LANES) {
     if (first + i >= ROWS) continue;
-    float v[4];
-    sum_partials<4, 2, WIDE_PART>(v, b.floats(AREA) + (first + i) * STRIDE + 4 * b.lane, alpha);
-    store_relaxed(to + (first + i) * (HEADS * WIDTH) + 4 * b.lane,
-                  make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                             __float_as_uint(v[3])));
+    float v[8];
+    sum_partials<8, 2, WIDE_PART>(v, b.floats(AREA) + (first + i) * STRIDE + column, alpha);
+    store_relaxed(to + (first + i) * SUMS_BYTES, pack_eight_bf16(v));
   }
   all_consumers();
   if (b.thread == 0) arrive(b.counters, SUMS_DONE);

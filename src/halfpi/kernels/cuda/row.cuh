@@ -34,12 +34,13 @@ struct Row {
 
   // x += gate · Σ of all clusters, in order.
   __device__ void add(const Block& b) {
-    const float4* from = reinterpret_cast<const float4*>(b.memory + AREA) + b.thread;
+    const uint2* from = reinterpret_cast<const uint2*>(b.memory + AREA) + b.thread;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int c = 0; c < HEADS; ++c) {
-      float4 v = from[c * (WIDTH / 4)];
-      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      const uint2 v = from[c * (WIDTH / 4)];
+      sum[0] += low_bf16(v.x), sum[1] += high_bf16(v.x);
+      sum[2] += low_bf16(v.y), sum[3] += high_bf16(v.y);
     }
     x[0] += gate.x * sum[0], x[1] += gate.y * sum[1];
     x[2] += gate.z * sum[2], x[3] += gate.w * sum[3];
