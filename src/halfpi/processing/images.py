@@ -58,9 +58,10 @@ def prepare_images(
     if not images:
         raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
     present = [camera for camera in cameras if camera in images]
-    resized = _WORKERS.map(
-        lambda camera: resize_with_pad(camera, images[camera], size, rule), present
-    )
+    to_resize = [camera for camera in present if np.shape(images[camera])[:2] != (size, size)]
+    # Handing work to a thread costs more than a copy, and sometimes milliseconds.
+    each = _WORKERS.map if len(to_resize) > 1 else map
+    resized = each(lambda camera: resize_with_pad(camera, images[camera], size, rule), present)
     by_camera = dict(zip(present, resized, strict=True))
     absent = _blank(size, rule, _BLACK)
     # NumPy, because a parallel copy by torch costs more in waking its threads than in copying.
