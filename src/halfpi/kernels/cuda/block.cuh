@@ -27,16 +27,14 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory. The area has X; then, of a product, its partial sums, one row after another with
-// a stride that spreads over the banks; or the partial sums for a row of the actions; or what
-// attention needs.
+// Shared memory. The area has X; or the partial sums of a product, one row after another with a
+// stride that spreads over the banks; or what all clusters add to a row; or what attention needs.
 constexpr int AREA = 0, STRIDE = TILE + 8;
 constexpr int WEIGHTS = AREA, STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
 constexpr int STAGED = STATISTICS + 3 * GROUPS * 64 * 4;
-constexpr int RECENT_KEYS = (larger(larger(ROWS * WIDTH * BYTES, 2 * ROWS * STRIDE * 4),
-                                    larger(STAGED + ROWS * HEAD * 2, SUMS_BYTES) +
-                                        RECENT_BYTES) -
-                             RECENT_BYTES + 127) / 128 * 128;
+constexpr int LONGEST = larger(ROWS * WIDTH * BYTES, 2 * ROWS * STRIDE * 4) - RECENT_BYTES;
+constexpr int RECENT_KEYS =
+    (larger(LONGEST, larger(STAGED + ROWS * HEAD * 2, SUMS_BYTES)) + 127) / 128 * 128;
 constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
 // Queries, later merged averages; what peers averaged. Hidden activations take the place of both.
 constexpr int QUERIES = RECENT_KEYS + RECENT_BYTES, MERGED = QUERIES, HIDDEN = QUERIES;

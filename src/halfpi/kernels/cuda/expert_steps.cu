@@ -113,8 +113,8 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
     compute(a, b);
   } else {
     fewer_registers<32>();
-    if (b.lane == 0 && b.warp < STREAMS) stream_units(a, b, b.warp);
-    if (b.lane == 0 && b.warp == STREAMS) fetch_activations(b);
+    if (b.thread == CONSUMERS) stream_units(a, b);
+    if (b.thread == CONSUMERS + 32) fetch_activations(b);
   }
   __syncwarp();
   cluster_barrier();  // peers may still store here, or read from here

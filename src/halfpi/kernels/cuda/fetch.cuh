@@ -1,5 +1,5 @@
-// The warps that do not compute: in some, a thread streams weights and cached keys and values into
-// the ring, in another one waits for what other blocks write and starts copying it.
+// The warps that do not compute: one thread streams weights and cached keys and values into the
+// ring, another waits for what other blocks write and starts copying it.
 #pragma once
 #include "block.cuh"
 
@@ -7,12 +7,10 @@ namespace {
 
 constexpr int AHEAD = 24 * UNIT;  // so much of the stream is on its way to L2
 
-// Fills every STREAMS-th unit of the ring: one thread cannot start copies fast enough.
-constexpr int STREAMS = 2;
-
+// A thread's place in the ring when it fills it.
 struct Filler {
   u32 shared;
-  int slot;
+  int slot = 0;
   u32 parity = 1;  // of the slot before this turn: the first turn does not wait
 
   template <typename Copy>
@@ -20,21 +18,19 @@ struct Filler {
     wait(shared + EMPTY + 8 * slot, parity);
     mbarrier_expect(shared + FULL + 8 * slot, bytes);
     copy(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
-    slot += STREAMS;
-    if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 };
 
-__device__ __forceinline__ void stream_units(const Arguments& a, const Block& b, int first) {
+__device__ __forceinline__ void stream_units(const Arguments& a, const Block& b) {
   const u64 once = policy_evict_first();
   const int cached = key_tiles(b.prefix) * 2 * KEY_UNITS;
   const char* begin = a.stream + long(b.index) * DEPTH * LAYER_BYTES;
   const char* end = begin + DEPTH * LAYER_BYTES;
-  Filler ring{b.shared, first};
-  auto stream = [&](const char* from, int units, u32 bytes) {
+  Filler ring{b.shared};
+  auto stream = [&](const char* unit, int units, u32 bytes) {
 #pragma unroll 1
-    for (int i = first; i < units; i += STREAMS) {
-      const char* unit = from + i * bytes;
+    for (int i = 0; i < units; ++i, unit += bytes) {
       ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, unit, bytes, full, once); });
       if (i % 4) continue;
       const char *ahead = unit + AHEAD, *last = end - 4 * bytes;
@@ -46,10 +42,10 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b,
     const char* weights = begin;
     for (int layer = 0; layer < DEPTH; ++layer, weights += LAYER_BYTES) {
       stream(weights, QKV_UNITS, QKV_UNIT);
-      const char* from = a.cache + (layer * PEERS + b.rank) * long(cached) * UNIT;
+      const char* unit = a.cache + (layer * PEERS + b.rank) * long(cached) * UNIT;
 #pragma unroll 1
-      for (int i = first; i < cached; i += STREAMS) {
-        ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, from + i * UNIT, UNIT, full); });
+      for (int i = 0; i < cached; ++i, unit += UNIT) {
+        ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, unit, UNIT, full); });
       }
       stream(weights + QKV_BYTES, OUT_UNITS + WIDE_UNITS + DOWN_UNITS, UNIT);
     }
