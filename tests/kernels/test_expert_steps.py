@@ -321,6 +321,17 @@ class TestOnHopper:
         assert torch.equal(first, second)
         assert torch.equal(first, third)
 
+    @pytest.mark.parametrize(("horizon", "prefix"), [(50, 968), (10, 560)])
+    def test_no_launch_of_many_has_other_bits(
+        self, precision: torch.dtype, horizon: int, prefix: int
+    ) -> None:
+        """A wait too few shows in one launch of a hundred."""
+        sizes = dataclasses.replace(FULL, horizon=horizon, precision=precision)
+        case = Case(sizes, prefix)
+        kernel = case.build()
+        first = case.run(kernel)
+        assert all(torch.equal(case.run(kernel), first) for _ in range(300))
+
     def test_a_graph_replays_the_launch(self, precision: torch.dtype) -> None:
         case = Case(dataclasses.replace(SMALL, precision=precision), 100)
         kernel = case.build()

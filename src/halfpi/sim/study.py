@@ -165,6 +165,8 @@ def standard_settings() -> list[StudySetting]:
         *(StudySetting(num_steps=steps) for steps in (5, 3, 2, 1)),
         *(StudySetting(camera_change=change) for change in (0.02, 0.05, 0.1)),
         *(StudySetting(execute=4, prefix_calls=calls) for calls in (1, 2, 3)),
+        # Fewer steps make the prefix a larger part of a call, which sharing it then saves.
+        *(StudySetting(num_steps=5, execute=4, prefix_calls=calls) for calls in (1, 2, 3)),
         *(StudySetting(name, delay=6) for name in at_four),
         *(StudySetting(name, delay=4) for name in ("adaptive", "ensemble")),
         *(StudySetting(name, delay=2) for name in at_four),

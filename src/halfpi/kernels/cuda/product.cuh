@@ -4,7 +4,9 @@
 
 namespace {
 
-constexpr int BATCH = FP8 ? 4 : 2;  // units that are multiplied together; all counts are multiples
+constexpr int BATCH = FP8 ? 4 : 2;  // units that are multiplied together
+static_assert(QKV_UNITS % BATCH + OUT_UNITS % BATCH + KEY_UNITS % BATCH == 0, "whole batches");
+static_assert(2 * BATCH <= SLOTS, "a batch is waited for while another is held");
 
 // result (64 rows, N) = operand · the ring's next units. A unit has ROWS_W rows of weights, of which N
 // from `column` on count, and CHUNKS of K, of which this group multiplies one of PARTS.
