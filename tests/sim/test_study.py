@@ -251,7 +251,7 @@ def test_the_report_compares_with_the_baseline_and_finds_the_cliff(tmp_path: Pat
     write_report(record, tmp_path / "docs")
     text = (tmp_path / "docs" / "study.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| asynchronous, delay 4 "))
-    assert "60.0 % (60/100) | 50.2–69.1 % | -36.0 | -45.4 to -26.6 | 156 | 1.00 | 10.0 | 1.0" in row
+    assert "60.0 % (60/100) | 50.2–69.1 % | -36.0 | -45.4 to -26.6 | 7.8 | 10.0 | 1.0 |" in row
     assert "| asynchronous | 2, 4 | 4 |" in text
     assert "| trained | 4 | none |" in text
     assert "Euler steps 2 | 94.0 % (94/100)" in text

@@ -18,11 +18,11 @@ _COLUMNS = (
     "95 %",
     "against the baseline",
     "95 %",
-    "effective Hz",
-    "× baseline",
+    "actions a call",
     "calls an episode",
     "held ticks an episode",
 )
+_RATE_COLUMNS = ("effective Hz", "× baseline")
 _INTRODUCTION = """# Success against rate
 
 <!-- Written by `python benchmarks/study.py --report`; what is changed by hand is lost. -->
@@ -41,12 +41,14 @@ python benchmarks/study.py --report   # this document
 - *Success* is the share of episodes solved, with its Wilson interval. *Against the baseline* is the
   paired difference in percentage points to the baseline, a receding horizon without delay (10 Euler
   steps, 8 actions a call, no reuse), with its Wald interval.
+- *Actions a call* are those executed. Calls of schedulers cost the same, but for the guided one's,
+  which cost a little more.
 - *Effective Hz* is the number of the policy's actions executed, over the real time its calls took:
-  the control rate at which inference would be busy all the time. The times are those of nano in
-  fp32 on one core of the CPU that played, so only ratios say something about other machines, and
-  those of reuse depend on how large a part of a call is vision there. Settings that were played at
-  different times shared their cores with different work: those with 4 actions a call compare with
-  each other. Simulated delay is no part of it.
+  the control rate at which inference would be busy all the time. It is given where settings differ
+  in what a call costs, on the precise tasks, whose settings of that kind were played one after
+  another on cores that did nothing else. The times are those of nano in fp32 on one core of a CPU,
+  so only ratios say something about other machines, and those of reuse depend on how large a part
+  of a call is vision there. Simulated delay is no part of it.
 - Asynchronous schedulers begin a call when 8 of 16 actions are left, so that up to a delay of 8 a
   chunk serves for 8 steps, as with the receding horizon.
 """
@@ -116,12 +118,12 @@ def _sections(group: Sequence[Run]) -> Iterable[str]:
     if delayed:
         yield "### Schedulers × delay\n"
         yield "![success against delay](study.png)\n"
-        yield _table(delayed, group)
+        yield _table(delayed, group, rates=False)
         yield _cliffs(group)
     for title, chosen in (("Reuse", reuse), ("Euler steps", steps)):
         if len(chosen) > 1 or (chosen and chosen[0] not in delayed):
             yield f"### {title}\n"
-            yield _table(chosen, group)
+            yield _table(chosen, group, rates=chosen[0].setting.tasks == "precise")
 
 
 def _steps_only(setting: StudySetting) -> StudySetting:
@@ -145,32 +147,40 @@ def _counts(group: Sequence[Run]) -> str:
     return f"{said} in each setting; policy {policies}.\n"
 
 
-def _table(runs: Sequence[Run], group: Sequence[Run]) -> str:
-    header = [" | ".join(_COLUMNS), "---" + "|---:" * (len(_COLUMNS) - 1)]
-    rows = [" | ".join(_row(run, _baseline(run, group))) for run in runs]
+def _table(runs: Sequence[Run], group: Sequence[Run], rates: bool) -> str:
+    columns = _COLUMNS + _RATE_COLUMNS if rates else _COLUMNS
+    header = [" | ".join(columns), "---" + "|---:" * (len(columns) - 1)]
+    rows = []
+    for run in runs:
+        baseline = _baseline(run, group)
+        rows.append(" | ".join(_row(run, baseline) + (_rate(run, baseline) if rates else [])))
     return "\n".join(f"| {line} |" for line in (*header, *rows)) + "\n"
 
 
 def _row(run: Run, baseline: Run | None) -> list[str]:
     success, episodes = _success(run), len(run.solved)
     low, high = success.interval
-    difference = interval = times = "–"
+    difference = interval = "–"
     if baseline is not None and baseline is not run:
         paired = PairedDifference.of(baseline.solved, run.solved)
         difference = f"{100 * paired.difference:+.1f}"
         interval = "{:+.1f} to {:+.1f}".format(*(100 * bound for bound in paired.interval))
-        times = f"{run.effective_rate / baseline.effective_rate:.2f}"
     return [
         run.setting.name.removeprefix(f"{run.setting.tasks}: "),
         f"{100 * success.rate:.1f} % ({success.successes}/{episodes})",
         f"{100 * low:.1f}–{100 * high:.1f} %",
         difference,
         interval,
-        f"{run.effective_rate:.0f}",
-        times,
+        f"{run.actions / run.calls:.1f}",
         f"{run.calls / episodes:.1f}",
         f"{run.held / episodes:.1f}",
     ]
+
+
+def _rate(run: Run, baseline: Run | None) -> list[str]:
+    if baseline is None or baseline is run:
+        return [f"{run.effective_rate:.0f}", "–"]
+    return [f"{run.effective_rate:.0f}", f"{run.effective_rate / baseline.effective_rate:.2f}"]
 
 
 def _cliffs(group: Sequence[Run]) -> str:
