@@ -59,14 +59,14 @@ class DenoiseStage:
         self._inputs = inputs
         device, rows = inputs.actions.device, inputs.actions.shape[0]
         width, dtype = config.expert_width, cache.keys.dtype
-        narrow = weights.layers[0].qkv.weight.dtype
+        layer = weights.layers[0]
         heads = (rows, config.q_heads, config.head_dim)
         self._residual = torch.empty(rows, width, device=device)
         self._final = torch.empty(rows, width, device=device)
-        self._normed = torch.empty(rows, width, dtype=narrow, device=device)
+        self._normed = layer.qkv.input_buffer(rows)
         self._query = torch.empty(heads, dtype=dtype, device=device)
-        self._mixed = torch.empty(heads, dtype=narrow, device=device)
-        self._hidden = torch.empty(rows, config.expert_mlp, dtype=narrow, device=device)
+        self._mixed = layer.out.input_buffer(rows).view(heads)
+        self._hidden = layer.down.input_buffer(rows)
 
     def enqueue(self, modulations: Tensor) -> None:
         """All steps of the schedule whose `modulation_table` this is."""

@@ -62,15 +62,9 @@ class EagerEngine:
             self._cache = self._prefix(inputs, kept, times)
         if self._cache is None:
             raise ValueError("there is no prefix to keep: no call came before this one")
-        with self._timed("denoise_ms", times):
-            actions = self.denoise(
-                self._cache,
-                noise[None].to(self.device),
-                num_steps,
-                None if given is None else given[None].to(self.device),
-                None if guidance is None else guidance.to(self.device),
-            )[0].cpu()
-        return actions, StageTimes(**times)
+        given = None if given is None else given[None]
+        actions = self._denoised(self._cache, noise[None], num_steps, given, guidance, times)
+        return actions[0], StageTimes(**times)
 
     @torch.inference_mode()
     def run_many(
@@ -92,22 +86,9 @@ class EagerEngine:
         length = int(inputs.token_mask.sum(1).max())
         with self._timed("vision_ms", times):
             image_tokens = self.vision(to_model(inputs.images[:, places].to(self.device)))
-        with self._timed("prefill_ms", times):
-            cache = self.prefill(
-                image_tokens,
-                inputs.image_mask[:, places].to(self.device),
-                inputs.tokens[:, :length].to(self.device),
-                inputs.token_mask[:, :length].to(self.device),
-            )
-        with self._timed("denoise_ms", times):
-            actions = self.denoise(
-                cache,
-                noise.to(self.device),
-                num_steps,
-                None if given is None else given.to(self.device),
-                None if guidance is None else guidance.to(self.device),
-            ).cpu()
-        return actions, StageTimes(**times)
+        image_mask = inputs.image_mask[:, places].to(self.device)
+        cache = self._prefilled(image_tokens, image_mask, inputs, length, times)
+        return self._denoised(cache, noise, num_steps, given, guidance, times), StageTimes(**times)
 
     def _prefix(
         self, inputs: ModelInputs, kept: Collection[int], times: dict[str, float]
@@ -116,14 +97,44 @@ class EagerEngine:
         length = int(inputs.token_mask.sum())
         with self._timed("vision_ms", times):
             image_tokens = self._image_tokens(inputs.images, places, kept)
+        image_mask = torch.ones((1, len(places)), dtype=torch.bool, device=self.device)
+        return self._prefilled(image_tokens, image_mask, inputs, length, times)
+
+    def _prefilled(
+        self,
+        image_tokens: Tensor,
+        image_mask: Tensor,
+        inputs: ModelInputs,
+        length: int,
+        times: dict[str, float],
+    ) -> PrefixCache:
+        """The prefix of images and of the first `length` tokens of the prompts."""
         with self._timed("prefill_ms", times):
-            image_mask = torch.ones((1, len(places)), dtype=torch.bool, device=self.device)
             return self.prefill(
                 image_tokens,
                 image_mask,
                 inputs.tokens[:, :length].to(self.device),
                 inputs.token_mask[:, :length].to(self.device),
             )
+
+    def _denoised(
+        self,
+        cache: PrefixCache,
+        noise: Tensor,
+        num_steps: int,
+        given: Tensor | None,
+        guidance: Guidance | None,
+        times: dict[str, float],
+    ) -> Tensor:
+        """Actions (b, h, a) on the CPU, of everything else with a batch dimension."""
+        with self._timed("denoise_ms", times):
+            return self.denoise(
+                cache,
+                noise.to(self.device),
+                num_steps,
+                None if given is None else given.to(self.device),
+                None if guidance is None else guidance.to(self.device),
+            ).cpu()
 
     def _image_tokens(self, images: Tensor, places: list[int], kept: Collection[int]) -> Tensor:
         """Tokens (1, n·t, d) of the cameras at `places`, encoded anew unless `kept`."""

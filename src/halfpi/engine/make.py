@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -75,10 +75,10 @@ def make_engine(
     scales = _scales_of(model, config, scales)
     if config.backend == "triton":
         return _triton_engine(model, config, where, scales)
-    compiled: Callable[[object], object] = lambda stage: stage  # noqa: E731
+    model = _in_precision(model, config, scales).to(where)
     if config.backend == "compile":
-        compiled = partial(torch.compile, dynamic=False)
-    return EagerEngine(_in_precision(model, config, scales).to(where), compiled)
+        return EagerEngine(model, partial(torch.compile, dynamic=False))
+    return EagerEngine(model)
 
 
 def _scales_of(model: Pi05, config: EngineConfig, scales: Scales | None) -> Scales | None:

@@ -46,6 +46,10 @@ class Matrix:
     alpha: Tensor | None = None
     input_scale: Tensor | None = None
 
+    def input_buffer(self, rows: int) -> Tensor:
+        """Room for (rows, k) of what it is multiplied with, in its dtype."""
+        return self.weight.new_empty(rows, self.weight.shape[1])
+
     def at(self, step: int) -> Matrix:
         """The matrix as denoising step `step` uses it."""
         if self.alpha is None or self.input_scale is None:

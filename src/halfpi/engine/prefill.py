@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfpi.config import Pi05Config
 from halfpi.engine.operations import Operations, Pending
-from halfpi.engine.packing import Matrix, PrefixLayer, PrefixWeights
+from halfpi.engine.packing import PrefixLayer, PrefixWeights
 from halfpi.model.attention import rotation
 
 
@@ -69,19 +69,15 @@ class PrefillStage:
         self._token_count, self._count = inputs["token_count"], inputs["prefix_count"]
         rows, device = embedded.shape[0], embedded.device
 
-        def read_by(matrix: Matrix) -> Tensor:
-            shape = (rows, matrix.weight.shape[1])
-            return torch.empty(shape, dtype=matrix.weight.dtype, device=device)
-
         self._x = torch.empty_like(embedded)
-        self._attn_normed = read_by(weights.last_kv)
+        self._attn_normed = weights.last_kv.input_buffer(rows)
         if weights.layers:
             layer = weights.layers[0]
             heads = config.q_heads * config.head_dim
             self._query = torch.empty(rows, heads, dtype=embedded.dtype, device=device)
-            self._mixed = read_by(layer.out)
-            self._mlp_normed = read_by(layer.gate_up)
-            self._hidden = read_by(layer.down)
+            self._mixed = layer.out.input_buffer(rows)
+            self._mlp_normed = layer.gate_up.input_buffer(rows)
+            self._hidden = layer.down.input_buffer(rows)
 
     def enqueue(self, rows: int) -> None:
         """Run the prefix, whose valid tokens fit into `rows`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halfpi.config import Pi05Config
 from halfpi.engine.operations import Operations, Pending
-from halfpi.engine.packing import Matrix, VisionLayer, VisionWeights
+from halfpi.engine.packing import VisionLayer, VisionWeights
 
 
 class VisionStage:
@@ -33,23 +33,19 @@ class VisionStage:
         self._prefix = prefix
         device, rows = prefix.device, max_cameras * config.tokens_per_image
 
-        def read_by(matrix: Matrix) -> Tensor:
-            shape = (rows, matrix.weight.shape[1])
-            return torch.empty(shape, dtype=matrix.weight.dtype, device=device)
-
         layer = weights.layers[0]
         size, width = config.image_size, config.vision_width
         self.pixels = torch.zeros(max_cameras, size, size, 3, dtype=torch.uint8, device=device)
         self.floats = torch.zeros(max_cameras, 3, size, size, device=device)
         self._positions = weights.position.repeat(max_cameras, 1)
-        self._patches = read_by(weights.patch)
+        self._patches = weights.patch.input_buffer(rows)
         self._x = torch.empty(rows, width, dtype=prefix.dtype, device=device)
         self._qkv = torch.empty(rows, 3 * width, dtype=prefix.dtype, device=device)
-        self._attn_normed = read_by(layer.qkv)
-        self._mixed = read_by(layer.out)
-        self._mlp_normed = read_by(layer.fc1)
-        self._hidden = read_by(layer.fc2)
-        self._final = read_by(weights.projector)
+        self._attn_normed = layer.qkv.input_buffer(rows)
+        self._mixed = layer.out.input_buffer(rows)
+        self._mlp_normed = layer.fc1.input_buffer(rows)
+        self._hidden = layer.fc2.input_buffer(rows)
+        self._final = weights.projector.input_buffer(rows)
 
     def enqueue(self, images: Tensor, first: int, count: int) -> None:
         """Encode blocks `first` … of `images`, which is `pixels` or `floats`."""
