@@ -25,6 +25,11 @@ class RecordError(ValueError):
     """A record that does not follow the schema; the message names the field and what came."""
 
 
+def commit_label(commit: str | None, dirty: bool | None) -> str:
+    """A commit as tables show it, with a star if the code had changes."""
+    return f"{(commit or '')[:7]}{'*' if dirty else ''}"
+
+
 @dataclass(frozen=True)
 class Percentiles:
     """Milliseconds over many runs. A quoted time may be a median without the others."""

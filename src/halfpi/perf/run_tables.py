@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfpi.perf.records import commit_label
+
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
@@ -36,7 +38,7 @@ def _loop_jitter(records: Sequence[Mapping[str, Any]]) -> Rows:
                 str(result["missed_ticks"]),
                 f"{result['stalls_visible']}/{result['stalls_injected']}",
                 str(result["held_ticks"]),
-                _commit(record),
+                commit_label(record["commit"], record["dirty"]),
             )
         )
     return header, rows
@@ -66,7 +68,7 @@ def _serve_load(records: Sequence[Mapping[str, Any]]) -> Rows:
                 str(int(record["starved"])),
                 str(record["disconnected"]),
                 f"{memory['half_time']:.0f} → {memory['end']:.0f}",
-                _commit(record),
+                commit_label(record["commit"], record["dirty"]),
             )
         )
     return header, rows
@@ -93,7 +95,7 @@ def _batching(records: Sequence[Mapping[str, Any]]) -> Rows:
                 record["policy"],
                 str(record["threads"]),
                 *shown,
-                _commit(record),
+                commit_label(record["commit"], record["dirty"]),
             )
         )
     return header, rows
@@ -108,7 +110,3 @@ RUN_TABLES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Rows]] = {
 
 def _place(record: Mapping[str, Any]) -> tuple[str, str]:
     return f"{record['device']}, {record['cores']} cores", f"{record['load']:.1f}"
-
-
-def _commit(record: Mapping[str, Any]) -> str:
-    return f"{record['commit'][:7]}{'*' if record['dirty'] else ''}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from halfpi.config import PRESETS
 from halfpi.perf.cases import ABLATION, STAGES, TARGETS, standard_case
 from halfpi.perf.devices import NoFloorError, find_device
-from halfpi.perf.records import Record, newest
+from halfpi.perf.records import Record, commit_label, newest
 from halfpi.perf.report import number_of
 from halfpi.perf.roofline import floors
 
@@ -37,7 +37,8 @@ def standard(records: Sequence[Record]) -> Summary:
         for record in sorted(compared, key=lambda record: record.ms["total"].p50):
             name = record.engine if record.kind == "quoted" else f"**halfpi, {record.engine}**"
             precision = str(record.case["precision"])
-            rows.append((device, name, precision, *_times(record), commit(record)))
+            measured_at = commit_label(record.commit, record.dirty)
+            rows.append((device, name, precision, *_times(record), measured_at))
     header = ("device", "", "precision", *(f"{name} ms" for name in TIMES), "commit")
     return Summary(header, rows)
 
@@ -125,11 +126,6 @@ def ablation(records: Sequence[Record]) -> Summary:
     for device in dict.fromkeys(record.device for record in found):
         rows += _waterfall([record for record in found if record.device == device])
     return Summary(header, rows)
-
-
-def commit(record: Record) -> str:
-    """The commit of `record` as tables show it, with a star if the code had changes."""
-    return f"{(record.commit or '')[:7]}{'*' if record.dirty else ''}"
 
 
 def _waterfall(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:

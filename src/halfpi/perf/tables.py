@@ -20,7 +20,7 @@ from halfpi.config import PRESETS
 from halfpi.files import atomic_write
 from halfpi.perf.cases import standard_case
 from halfpi.perf.devices import devices
-from halfpi.perf.records import Record, newest, read_records
+from halfpi.perf.records import Record, commit_label, newest, read_records
 from halfpi.perf.roofline import floors
 from halfpi.perf.run_tables import RUN_TABLES, read_runs
 from halfpi.perf.summaries import (
@@ -28,7 +28,6 @@ from halfpi.perf.summaries import (
     Summary,
     ablation,
     attention,
-    commit,
     e2e,
     kernels,
     mlp,
@@ -154,7 +153,7 @@ def _own(records: Iterable[Record]) -> str:
             record.engine,
             *_case_cells(record),
             *(f"{record.ms[stage].p50:.2f}" for stage in TIMES),
-            commit(record),
+            commit_label(record.commit, record.dirty),
         )
         for record in newest(records)
         if record.benchmark == "stages"
