@@ -5,7 +5,7 @@ costs more than its bytes, because its ramp is exposed. Here 64 SMs keep one blo
 whole stage, in clusters of eight: a cluster has one attention head and an eighth of the hidden
 activations, which its blocks hand to each other from shared memory to shared memory. Only what
 sums over clusters goes through L2: twice a layer, and back. The weights of a block are packed, in
-the order in which it reads them, into one stream of bytes (expert_stream.py); a thread copies the
+the order in which it reads them, into one stream of bytes (expert_stream.py); a warp copies the
 stream into a ring in shared memory and runs ahead of the dependency chain.
 
 The CUDA source lies in `cuda/` and is compiled at run time through `cuda-core` (extra `hopper`).
@@ -39,7 +39,7 @@ SITES = ("qkv", "out", "gate_up", "down")
 _LONGEST = {torch.bfloat16: 52, FP8: 64}  # horizons whose activations leave room for the ring
 _THREADS = 640
 _SHARED_BYTES = 232_448
-_COUNTERS = 4  # 128 bytes apart
+_COUNTERS = 3  # 128 bytes apart
 
 
 @dataclass(frozen=True)

@@ -113,22 +113,19 @@ struct Attention {
     settle(logits);
   }
 
-  // Each group has the two units with its dimensions, of half of the keys each.
+  // Each group has the unit with its dimensions.
   __device__ __forceinline__ void add_values(Block& b) {
-    const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE / 2 * 16);
-    Cursor first = b.ring;
-    first.advance(2 * b.group);
-    Cursor second = first;
-    second.advance(1);
-    b.wait_full(first), b.wait_full(second);
+    static_assert(KEY_UNITS == GROUPS, "a unit each");
+    const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
+    Cursor unit = b.ring;
+    unit.advance(b.group);
+    b.wait_full(unit);
     __syncwarp();
     settle(average);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < TILE / 8; k += 2) {
-      const int slot = k < TILE / 16 ? first.slot : second.slot;
-      Bf16::mma_transposed(average, weights.at(k * 1024),
-                           values.at(slot * UNIT + k % (TILE / 16) * 128));
+      Bf16::mma_transposed(average, weights.at(k * 1024), values.at(unit.slot * UNIT + k * 128));
     }
     // Both halves of these 16 keys are the same eight, the second with weights of 0.
     const Matrix recent(b.shared + RECENT_VALUES + 8 * b.group * RECENT_SLOTS * 16, 0,
@@ -137,7 +134,7 @@ struct Attention {
     wgmma_commit();
     wgmma_wait<0>();
     settle(average);
-    b.release(first.slot, GROUPS), b.release(second.slot, GROUPS);
+    b.release(unit.slot, GROUPS);
     b.ring.advance(KEY_UNITS);
   }
 
@@ -160,8 +157,9 @@ struct Attention {
     give(b, LOG_SUM, log_sum);
     fence_async_proxy();
     named_barrier(4 + b.group, 128);
-    if (b.thread % 128 < 2) {
-      const int peer = 2 * b.group + b.thread % 128;
+    if (b.thread == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
+    if (b.warp < 2 && elected()) {
+      const int peer = 2 * b.group + b.warp;
       const u32 barrier = in_block(b.shared + AVERAGES_FULL, peer);
       bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE, peer),
                 b.shared + STAGED + peer * AVERAGE_PIECE, AVERAGE_PIECE, barrier);

@@ -9,11 +9,12 @@ namespace {
 constexpr int GROUPS = 4, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
 constexpr int THREADS = CONSUMERS + 128;             // the last group copies
 constexpr int ROW_THREADS = WIDTH / 4;               // of a block that has a row of the actions
+constexpr int STORING = 64;                          // threads with keys and values of actions
 
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
-constexpr int UNIT = 8192;
-constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 8;
-constexpr int TILE = 128, TILE_CHUNKS = 4;  // of the others, and of keys and values
+constexpr int UNIT = 16384;
+constexpr int TILE = 128, TILE_CHUNKS = UNIT / (TILE * 16);
+constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
 constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
 constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK / TILE_CHUNKS;
 constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
@@ -28,13 +29,13 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Shared memory. The area has X; or the partial sums of a product, one row after another with a
-// stride that spreads over the banks; or what all clusters add to a row; or what attention needs.
+// stride that spreads over the banks; or what attention needs.
 constexpr int AREA = 0, STRIDE = TILE + 8;
 constexpr int WEIGHTS = AREA, STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
 constexpr int STAGED = STATISTICS + 3 * GROUPS * 64 * 4;
 constexpr int LONGEST = larger(ROWS * WIDTH * BYTES, 2 * ROWS * STRIDE * 4) - RECENT_BYTES;
 constexpr int RECENT_KEYS =
-    (larger(LONGEST, larger(STAGED + ROWS * HEAD * 2, SUMS_BYTES)) + 127) / 128 * 128;
+    (larger(LONGEST, STAGED + ROWS * HEAD * 2) + 127) / 128 * 128;
 constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
 // Queries, later merged averages; what peers averaged. Hidden activations take the place of both.
 constexpr int QUERIES = RECENT_KEYS + RECENT_BYTES, MERGED = QUERIES, HIDDEN = QUERIES;
@@ -45,8 +46,8 @@ static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities 
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
 constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, AVERAGES_FULL = QUERIES_FULL + 8;
 constexpr int MERGED_FULL = AVERAGES_FULL + 8, HIDDEN_FULL = MERGED_FULL + 8;
-constexpr int RECENT_FULL = HIDDEN_FULL + 8, SUMS_FULL = RECENT_FULL + 8;
-constexpr int SQUARES = SUMS_FULL + 8, ACTIONS = SQUARES + 32;
+constexpr int RECENT_FULL = HIDDEN_FULL + 8, RECENT_STORED = RECENT_FULL + 8;
+constexpr int SQUARES = (RECENT_STORED + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 32;
 static_assert(ACTIONS + 128 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
@@ -133,18 +134,20 @@ struct Block {
   __device__ __forceinline__ void release(int slot, int count) const {
     if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * slot, count);
   }
-  // For an operand, or part of one, that this layer has once.
+  // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
   // By the first `threads` of the block, which wrote its piece of an operand: it goes to the same
-  // place in all peers.
+  // place in all peers. Each copy is started by another warp.
   __device__ __forceinline__ void share(int piece, u32 bytes, int barrier, int threads) const {
     fence_async_proxy();
     named_barrier(threads == CONSUMERS ? 1 : 2, threads);
-    if (thread == rank) {
-      mbarrier_arrive(shared + barrier, 1);
-    } else if (thread < PEERS) {
-      bulk_push(in_block(shared + piece, thread), shared + piece, bytes,
-                in_block(shared + barrier, thread));
+    const int peer = 4 * group + warp;
+    if (peer >= PEERS || !elected()) return;
+    if (peer == rank) {
+      mbarrier_expect(shared + barrier, (PEERS - 1) * bytes);
+    } else {
+      bulk_push(in_block(shared + piece, peer), shared + piece, bytes,
+                in_block(shared + barrier, peer));
     }
   }
 };

@@ -1,9 +1,12 @@
 // How blocks hand activations to each other: within a cluster from shared memory to shared memory,
-// between clusters through L2, with a counter for every kind of buffer.
+// between clusters through L2.
 //
-// A writer's threads meet and one of them adds 1 with release; one thread of a reader waits until
-// all writers did, then starts a bulk copy. No buffer needs a second copy: whoever writes one again
-// has waited, directly or through others, for all that read it before.
+// Through L2 go rows, and keys and values of the actions, with a counter for every kind of buffer: a
+// writer's threads meet and one of them adds 1 with release; one thread of a reader waits until all
+// writers did, then starts a bulk copy. Sums are less: they go in words of eight bytes with a mark
+// that tells whether they are new, and a reader loads them again until all are. No buffer needs a
+// second copy: whoever writes one again has waited, directly or through others, for all that read
+// it before.
 #pragma once
 #include "hopper.cuh"
 
@@ -17,13 +20,21 @@ constexpr int BYTES = FP8 ? 1 : 2;                // of an operand
 constexpr int CHUNK = 16 / BYTES;                 // operands in 16 bytes
 
 // Operands of products are stored as (chunk of K, row, 16 bytes), as wgmma reads shared memory.
-constexpr long X = 0;                                            // of the next qkv or gate/up
-constexpr long RECENT = X + ROWS * WIDTH * BYTES;                // (split, chunk, slot, 16 bytes)
+constexpr long X = 0;                                 // of the next qkv or gate/up
+constexpr long RECENT = X + ROWS * WIDTH * BYTES;     // (split, chunk, slot, 16 bytes)
 constexpr int RECENT_SLOTS = 8, RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS;
-constexpr long SUMS = RECENT + PEERS * RECENT_BYTES;             // bf16 (row, cluster, d)
-constexpr int SUMS_BYTES = HEADS * WIDTH * 2;                    // of a row
+constexpr long SUMS = RECENT + PEERS * RECENT_BYTES;  // (row, cluster, d / 4, Word)
+constexpr int SUMS_BYTES = HEADS * WIDTH * 2;         // of a row
 constexpr long BUFFERS = SUMS + long(ROWS) * SUMS_BYTES;
 static_assert(BUFFERS == BUFFER_BYTES, "the launcher allocates what the kernel uses");
+
+// The mark of sums is the lowest bit of four bf16: 1 after attention, 0 after the MLP, which follow
+// each other. Buffers begin as zeros, and a launch ends with an MLP.
+__device__ __forceinline__ u32 mark_of(bool mlp) { return !mlp; }
+__device__ __forceinline__ Word marked(u32 low, u32 high, u32 mark) {
+  return {(low & ~1u) | mark, high};
+}
+__device__ __forceinline__ bool has_mark(Word v, u32 mark) { return (v.low & 1) == mark; }
 
 struct Watchdog {
 #ifdef WATCHDOG
@@ -42,7 +53,7 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
 }
 
 // Counters, 128 bytes apart.
-enum Counter { ROWS_DONE, SUMS_DONE, RECENT_DONE, COUNTERS };
+enum Counter { ROWS_DONE, RECENT_DONE, COUNTERS };
 
 __device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
 

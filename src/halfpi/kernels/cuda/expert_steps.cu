@@ -36,12 +36,9 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
       if (half < HALVES) scales.load(a, step, half);
       if (has_row) {
         x.load(b, modulations, half);
-        if (half) {
-          wait(b.shared + SUMS_FULL, !mlp);
-          x.add(b);
-        }
+        if (half) x.add(b, !mlp);
         x.norm(b, y);
-        if (half < HALVES) x.publish(b, row, y, scales.inverse(0));
+        if (half < HALVES) x.publish(b, y, scales.inverse(0));
       }
       if (half == HALVES) break;
       if (mlp) {
@@ -51,8 +48,7 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
         attend(b, split);
         merge(b, scales.inverse(1));
       }
-      project(b, mlp ? DOWN_UNITS : OUT_UNITS, mlp ? HIDDEN : MERGED,
-              mlp ? HIDDEN_FULL : MERGED_FULL, scales.alpha(1));
+      project(b, mlp, scales.alpha(1));
       b.layer += mlp;
     }
     if (has_row) x.move(b, a, y, actions, step, row, decided);
@@ -65,10 +61,8 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
     mbarrier_init(shared + FULL + 8 * i, 1);
     mbarrier_init(shared + EMPTY + 8 * i, 4 * GROUPS);
   }
-  for (int i = X_FULL; i <= SUMS_FULL; i += 8) {
-    const bool shared_out = i == QUERIES_FULL || i == MERGED_FULL || i == HIDDEN_FULL;
-    mbarrier_init(shared + i, shared_out ? 2 : 1);  // this block's own piece counts by itself
-  }
+  for (int i = X_FULL; i <= RECENT_FULL; i += 8) mbarrier_init(shared + i, 1);
+  mbarrier_init(shared + RECENT_STORED, STORING);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -95,7 +89,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   b.rank = cluster_rank();
   b.thread = threadIdx.x;
   b.group = uniform(b.thread / 128);
-  b.warp = b.thread / 32 % 4;
+  b.warp = uniform(b.thread / 32 % 4);
   b.lane = b.thread % 32;
   b.row = 16 * b.warp + b.lane / 4;
   b.prefix = uniform(*prefix_count);
@@ -113,9 +107,8 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
     compute(a, b);
   } else {
     fewer_registers<32>();
-    if (b.thread == CONSUMERS) stream_units(a, b);
-    if (b.thread == CONSUMERS + 32) fetch_activations(b);
+    if (b.warp == 0) stream_units(a, b);
+    if (b.warp == 1) fetch_activations(b);
   }
-  __syncwarp();
   cluster_barrier();  // peers may still store here, or read from here
 }

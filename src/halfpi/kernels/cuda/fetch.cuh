@@ -1,11 +1,12 @@
-// The warps that do not compute: one thread streams weights and cached keys and values into the
+// The warps that do not compute: one warp streams weights and cached keys and values into the
 // ring, another waits for what other blocks write and starts copying it.
 #pragma once
 #include "block.cuh"
 
 namespace {
 
-constexpr int AHEAD = 24 * UNIT;  // so much of the stream is on its way to L2
+constexpr int AHEAD = 192 * 1024;  // so much of the stream is on its way to L2
+constexpr int PREFETCHED = 2;      // units at once
 
 // A thread's place in the ring when it fills it.
 struct Filler {
@@ -16,8 +17,10 @@ struct Filler {
   template <typename Copy>
   __device__ __forceinline__ void fill(u32 bytes, Copy copy) {
     wait(shared + EMPTY + 8 * slot, parity);
-    mbarrier_expect(shared + FULL + 8 * slot, bytes);
-    copy(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
+    if (elected()) {
+      mbarrier_expect(shared + FULL + 8 * slot, bytes);
+      copy(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
+    }
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 };
@@ -32,10 +35,10 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
 #pragma unroll 1
     for (int i = 0; i < units; ++i, unit += bytes) {
       ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, unit, bytes, full, once); });
-      if (i % 4) continue;
-      const char *ahead = unit + AHEAD, *last = end - 4 * bytes;
+      if (i % PREFETCHED) continue;
+      const char *ahead = unit + AHEAD, *last = end - PREFETCHED * bytes;
       if (ahead >= end) ahead -= end - begin;
-      prefetch(ahead < last ? ahead : last, 4 * bytes);
+      if (elected()) prefetch(ahead < last ? ahead : last, PREFETCHED * bytes);
     }
   };
   for (int step = 0; step < STEPS; ++step) {
@@ -56,6 +59,8 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
 __device__ __forceinline__ void fetch_x(const Block& b, int exchange) {
   constexpr int PIECE = ROWS * WIDTH * BYTES / PIECES;
   await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
+  if (!elected()) return;
+#pragma unroll
   for (int i = 0; i < PIECES; ++i) {
     mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
     bulk_copy(b.shared + AREA + i * PIECE, b.buffers + X + i * PIECE, PIECE,
@@ -63,35 +68,27 @@ __device__ __forceinline__ void fetch_x(const Block& b, int exchange) {
   }
 }
 
-// What all clusters add to this block's row.
-__device__ __forceinline__ void fetch_sums(const Block& b, int exchange) {
-  if (b.index >= ROWS) return;
-  await(b.counters, SUMS_DONE, (exchange + 1) * BLOCKS);
-  mbarrier_expect(b.shared + SUMS_FULL, SUMS_BYTES);
-  bulk_copy(b.shared + AREA, b.buffers + SUMS + b.index * SUMS_BYTES, SUMS_BYTES,
-            b.shared + SUMS_FULL);
+// Keys and values of the actions, once all blocks have stored theirs.
+__device__ __forceinline__ void fetch_recent(const Block& b, int layer) {
+  wait(b.shared + RECENT_STORED, layer & 1);
+  if (elected()) arrive(b.counters, RECENT_DONE);
+  await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
+  if (!elected()) return;
+  mbarrier_expect(b.shared + RECENT_FULL, RECENT_BYTES);
+  bulk_copy(b.shared + RECENT_KEYS, b.buffers + RECENT + b.rank * RECENT_BYTES, RECENT_BYTES,
+            b.shared + RECENT_FULL);
 }
 
 __device__ __forceinline__ void fetch_activations(const Block& b) {
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     fetch_x(b, 2 * layer);
-    // Nobody stores what these count before all had this X.
-    mbarrier_expect(b.shared + QUERIES_FULL, (PEERS - 1) * QUERY_PIECE);
-    mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
-    mbarrier_expect(b.shared + MERGED_FULL, (PEERS - 1) * MERGED_PIECE);
-    mbarrier_expect(b.shared + HIDDEN_FULL, (PEERS - 1) * HIDDEN_PIECE);
-    await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
-    mbarrier_expect(b.shared + RECENT_FULL, RECENT_BYTES);
-    bulk_copy(b.shared + RECENT_KEYS, b.buffers + RECENT + b.rank * RECENT_BYTES, RECENT_BYTES,
-              b.shared + RECENT_FULL);
-    fetch_sums(b, 2 * layer);
+    fetch_recent(b, layer);
     fetch_x(b, 2 * layer + 1);
-    fetch_sums(b, 2 * layer + 1);
   }
 }
 
-// Keys and values of the prefix as units of the ring, behind a split's keys zeros: four chunks of
-// keys a unit, but eight chunks of half of the values. A warp moves four chunks of eight keys.
+// Keys and values of the prefix as units of the ring, behind a split's keys zeros. A warp moves four
+// chunks of eight keys.
 __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
   const int tiles = key_tiles(b.prefix), warps = BLOCKS * CONSUMERS / 32;
   const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
@@ -107,9 +104,7 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
       long row = layer * a.capacity + split.first + place;
       v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + chunk * 16);
     }
-    int to = tile % 2 ? ((chunk / 8 * 2 + key / 64) * 8 + chunk % 8) * 64 + key % 64
-                      : chunk * TILE + key;
-    *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + to * 16) = v;
+    *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + (chunk * TILE + key) * 16) = v;
   }
 }
 

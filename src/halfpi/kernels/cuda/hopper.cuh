@@ -123,27 +123,46 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Orders what this thread knows to be written, in all memories, before copies that it starts.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Orders what this thread knows to be written to global memory before copies that it starts.
+__device__ __forceinline__ void fence_copies() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Stores that go to L2, where other blocks see them.
-__device__ __forceinline__ void store_relaxed(void* to, u32 a) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(a) : "memory");
+// Eight bytes in L2, where other blocks see them; they are stored and loaded as a whole.
+struct Word {
+  u32 low, high;
+
+  __device__ __forceinline__ u64 whole() const { return static_cast<u64>(high) << 32 | low; }
+  __device__ static __forceinline__ Word of(u64 v) {
+    return {static_cast<u32>(v), static_cast<u32>(v >> 32)};
+  }
+};
+struct Words {
+  Word first, second;
+};
+
+__device__ __forceinline__ void store_relaxed(void* to, u32 v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ void store_relaxed(void* to, u32 a, u32 b) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b)
+__device__ __forceinline__ void store_relaxed(void* to, Word v) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(v.whole()) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(void* to, Words v) {
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(v.first.whole()),
+               "l"(v.second.whole())
                : "memory");
 }
 
-__device__ __forceinline__ void store_relaxed(void* to, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+__device__ __forceinline__ Word load_word(const void* from) {
+  u64 v;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return Word::of(v);
 }
 
 // Registers of each thread of a warpgroup, moved between the warpgroups of a block.
@@ -154,6 +173,18 @@ __device__ __forceinline__ void more_registers() {
 template <int COUNT>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// One thread of a warp whose threads do the same, so that all that it needs is in the registers
+// of the warp.
+__device__ __forceinline__ bool elected() {
+  u32 chosen;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(chosen));
+  return chosen;
 }
 
 // The same for all threads of a warp, which the compiler then knows.

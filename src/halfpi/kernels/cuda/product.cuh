@@ -4,10 +4,6 @@
 
 namespace {
 
-constexpr int BATCH = FP8 ? 4 : 2;  // units that are multiplied together
-static_assert(QKV_UNITS % BATCH + OUT_UNITS % BATCH + KEY_UNITS % BATCH == 0, "whole batches");
-static_assert(2 * BATCH <= SLOTS, "a batch is waited for while another is held");
-
 // result (64 rows, N) = operand · the ring's next units. A unit has ROWS_W rows of weights, of which N
 // from `column` on count, and CHUNKS of K, of which this group multiplies one of PARTS.
 template <typename F, int N, int ROWS_W, int CHUNKS, int PARTS, typename Ready>
@@ -17,40 +13,30 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
   for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
   const Matrix activations(b.shared + operand + 2 * part * ROWS * 16, ROWS * 16, 128);
   const Matrix weights(b.shared + RING + (column + 2 * part * ROWS_W) * 16, ROWS_W * 16, 128);
-  Cursor held = b.ring;
-  auto release = [&] {
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i, held.advance(1)) b.release(held.slot, 1);
-  };
+  int held = 0;  // the slot whose product may still be under way
 #pragma unroll 1
-  for (int u = 0; u < units; u += BATCH) {
-    int slot[BATCH];
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i, b.ring.advance(1)) {
-      ready(u + i);
-      b.wait_full(b.ring);
-      slot[i] = b.ring.slot;
-    }
+  for (int u = 0; u < units; ++u) {
+    ready(u);
+    b.wait_full(b.ring);
     __syncwarp();
     settle(result);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-#pragma unroll
-      for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
-        F::mma(result, activations.at(((u + i) * CHUNKS + k) * ROWS * 16),
-               weights.at(slot[i] * UNIT + k * ROWS_W * 16));
-      }
+    for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
+      F::mma(result, activations.at((u * CHUNKS + k) * ROWS * 16),
+             weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
     }
     wgmma_commit();
     if (u) {
       wgmma_wait<1>();
-      release();
+      b.release(held, 1);
     }
+    held = b.ring.slot;
+    b.ring.advance(1);
   }
   wgmma_wait<0>();
   settle(result);
-  release();
+  b.release(held, 1);
 }
 
 // Waits for the piece of X that begins with a unit, exchanged twice a layer.
@@ -67,6 +53,10 @@ struct AllReady {
   __device__ __forceinline__ void operator()(int) const {}
 };
 
+// Where four columns of partial sums lie in a row: neighbours change places in every other four
+// rows, so that eight threads with the same columns of eight rows read different banks.
+__device__ __forceinline__ int swizzled(int row, int column) { return column ^ (row & 4); }
+
 // Rows of a group's result to its place among the partial sums.
 template <int N>
 __device__ __forceinline__ void store_partial(const float (&result)[N / 2], const Block& b,
@@ -77,21 +67,23 @@ __device__ __forceinline__ void store_partial(const float (&result)[N / 2], cons
     if (row >= ROWS) continue;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      *reinterpret_cast<float2*>(to + row * stride + 8 * j + 2 * (b.lane % 4)) =
+      *reinterpret_cast<float2*>(to + row * stride + 8 * j + swizzled(row, 2 * (b.lane % 4))) =
           make_float2(result[4 * j + 2 * i], result[4 * j + 2 * i + 1]);
     }
   }
 }
 
-// alpha · Σ over PARTS partial sums that lie PART floats apart.
+// alpha · Σ over PARTS partial sums that lie PART floats apart, of columns `column` … of a row.
 template <int COUNT, int PARTS, int PART>
-__device__ __forceinline__ void sum_partials(float (&v)[COUNT], const float* from, float alpha) {
+__device__ __forceinline__ void sum_partials(float (&v)[COUNT], const float* of_row, int row,
+                                             int column, float alpha) {
 #pragma unroll
   for (int i = 0; i < COUNT; i += 4) {
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
-      float4 part = *reinterpret_cast<const float4*>(from + p * PART + i);
+      float4 part =
+          *reinterpret_cast<const float4*>(of_row + p * PART + swizzled(row, column + i));
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     v[i] = alpha * sum.x, v[i + 1] = alpha * sum.y;
@@ -124,7 +116,7 @@ struct Turn {
 // Queries of this block's share of its head, to all peers; eight columns of keys or values, by the
 // last threads, to all blocks.
 __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
-  constexpr int PART = ROWS * QKV_TILE, QUERY_CHUNKS = HEAD / PEERS / 8, LAST = CONSUMERS - 64;
+  constexpr int PART = ROWS * QKV_TILE, QUERY_CHUNKS = HEAD / PEERS / 8, LAST = CONSUMERS - STORING;
   const bool recent = b.thread >= LAST;
   const int chunk = recent ? QUERY_CHUNKS : b.thread / 64, row = b.thread % 64;
   const bool finishes = row < ROWS && (recent || chunk < QUERY_CHUNKS);
@@ -140,12 +132,12 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
   all_consumers();
   if (finishes) {
     float v[8];
-    sum_partials<8, GROUPS, PART>(v, b.floats(AREA) + row * QKV_TILE + 8 * chunk, alpha);
+    sum_partials<8, GROUPS, PART>(v, b.floats(AREA) + row * QKV_TILE, row, 8 * chunk, alpha);
     const uint4 turned = turn.apply(v);
     if (recent) {
       int split = row * PEERS / ROWS, slot = row - Split::begin(split);
       store_relaxed(b.buffers + RECENT + ((split * BLOCKS + b.index) * RECENT_SLOTS + slot) * 16,
-                    turned);
+                    Words{{turned.x, turned.y}, {turned.z, turned.w}});
     } else {
       store_shared(b.shared + QUERIES + ((QUERY_CHUNKS * b.rank + chunk) * ROWS + row) * 16, turned);
     }
@@ -153,8 +145,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
   if (b.thread < 64 * QUERY_CHUNKS) {
     b.share(QUERIES + b.rank * QUERY_PIECE, QUERY_PIECE, QUERIES_FULL, 64 * QUERY_CHUNKS);
   } else if (recent) {
-    named_barrier(3, CONSUMERS - LAST);
-    if (b.thread == LAST) arrive(b.counters, RECENT_DONE);
+    mbarrier_arrive(b.shared + RECENT_STORED, 1);
   }
 }
 
@@ -171,22 +162,23 @@ __device__ __forceinline__ void wide_product(Block& b, int units, int operand, R
   all_consumers();
 }
 
-// Columns 128 · rank … of a cluster's share of the out or down projection; eight a thread.
-__device__ __forceinline__ void project(Block& b, int units, int operand, int barrier, float alpha) {
-  constexpr int LANES = TILE / 8;
-  b.wait_for(barrier);
-  wide_product(b, units, operand, AllReady());
-  const int first = b.thread / LANES, column = b.thread % LANES * 8;
+// Columns 128 · rank … of a cluster's share of the out or down projection.
+__device__ __forceinline__ void project(Block& b, bool mlp, float alpha) {
+  constexpr int LANES = TILE / 4;
+  const u32 mark = mark_of(mlp);
+  b.wait_for(mlp ? HIDDEN_FULL : MERGED_FULL);
+  wide_product(b, mlp ? DOWN_UNITS : OUT_UNITS, mlp ? HIDDEN : MERGED, AllReady());
+  const int first = b.thread / LANES, column = b.thread % LANES * 4;
   char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + (b.rank * TILE + column) * 2;
 #pragma unroll
   for (int i = 0; i < ROWS; i += CONSUMERS / LANES) {
-    if (first + i >= ROWS) continue;
-    float v[8];
-    sum_partials<8, 2, WIDE_PART>(v, b.floats(AREA) + (first + i) * STRIDE + column, alpha);
-    store_relaxed(to + (first + i) * SUMS_BYTES, pack_eight_bf16(v));
+    const int row = first + i;
+    if (row >= ROWS) continue;
+    float v[4];
+    sum_partials<4, 2, WIDE_PART>(v, b.floats(AREA) + row * STRIDE, row, column, alpha);
+    store_relaxed(to + row * SUMS_BYTES,
+                  marked(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), mark));
   }
-  all_consumers();
-  if (b.thread == 0) arrive(b.counters, SUMS_DONE);
 }
 
 __device__ __forceinline__ float gated(float gate, float up) {
@@ -200,7 +192,7 @@ __device__ __forceinline__ void geglu(Block& b, float alpha, float inverse_scale
   const int row = b.thread % 64, eighth = b.thread / 64;
   if (row < ROWS) {
     float wide[16], hidden[8];
-    sum_partials<16, 2, WIDE_PART>(wide, b.floats(AREA) + row * STRIDE + 16 * eighth, alpha);
+    sum_partials<16, 2, WIDE_PART>(wide, b.floats(AREA) + row * STRIDE, row, 16 * eighth, alpha);
 #pragma unroll
     for (int i = 0; i < 8; ++i) hidden[i] = gated(wide[2 * i], wide[2 * i + 1]);
     store_operand(b, HIDDEN, 8 * b.rank + eighth, row, hidden, inverse_scale);

@@ -32,15 +32,27 @@ struct Row {
     x[0] = sum.x, x[1] = sum.y, x[2] = sum.z, x[3] = sum.w;
   }
 
-  // x += gate · Σ of all clusters, in order.
-  __device__ void add(const Block& b) {
-    const uint2* from = reinterpret_cast<const uint2*>(b.memory + AREA) + b.thread;
+  // x += gate · Σ of all clusters, in order, as soon as they are there.
+  __device__ void add(const Block& b, bool mlp) {
+    const char* from = b.buffers + SUMS + b.index * SUMS_BYTES + b.thread * 8;
+    const u32 mark = mark_of(mlp);
+    Word v[HEADS];
+    bool all;
+    Watchdog watchdog;
+    do {
+      all = true;
+#pragma unroll
+      for (int c = 0; c < HEADS; ++c) {
+        v[c] = load_word(from + c * (WIDTH * 2));
+        all &= has_mark(v[c], mark);
+      }
+      watchdog.check();
+    } while (!all);
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int c = 0; c < HEADS; ++c) {
-      const uint2 v = from[c * (WIDTH / 4)];
-      sum[0] += low_bf16(v.x), sum[1] += high_bf16(v.x);
-      sum[2] += low_bf16(v.y), sum[3] += high_bf16(v.y);
+      sum[0] += low_bf16(v[c].low), sum[1] += high_bf16(v[c].low);
+      sum[2] += low_bf16(v[c].high), sum[3] += high_bf16(v[c].high);
     }
     x[0] += gate.x * sum[0], x[1] += gate.y * sum[1];
     x[2] += gate.z * sum[2], x[3] += gate.w * sum[3];
@@ -64,14 +76,14 @@ struct Row {
   }
 
   // To all blocks, as operands.
-  __device__ void publish(const Block& b, int row, const float (&y)[4], float inverse_scale) const {
+  __device__ void publish(const Block& b, const float (&y)[4], float inverse_scale) const {
     const int column = 4 * b.thread;
-    char* to = b.buffers + X + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
-    if (FP8) {
+    char* to = b.buffers + X + (column / CHUNK * ROWS + b.index) * 16 + column % CHUNK * BYTES;
+    if constexpr (FP8) {
       store_relaxed(to, pack_e4m3(y[0] * inverse_scale, y[1] * inverse_scale,
                                   y[2] * inverse_scale, y[3] * inverse_scale));
     } else {
-      store_relaxed(to, pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]));
+      store_relaxed(to, Word{pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3])});
     }
     row_threads();
     if (b.thread == 0) arrive(b.counters, ROWS_DONE);
