@@ -28,26 +28,28 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory. The area has X; or the partial sums of a product, one row after another with a
-// stride that spreads over the banks; or what attention needs.
-constexpr int AREA = 0, STRIDE = TILE + 8;
+// Shared memory. The area has X; then partial sums of products, one row after another with a stride
+// that spreads over the banks, and what attention needs, or hidden activations. Peers push queries
+// and hidden activations to where X was, once this block has told that it is done with it.
+constexpr int AREA = 0, STRIDE = TILE + 8, PARTIALS = AREA;
 constexpr int WEIGHTS = AREA, STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
 constexpr int STAGED = STATISTICS + 3 * GROUPS * 64 * 4;
-constexpr int LONGEST = larger(ROWS * WIDTH * BYTES, 2 * ROWS * STRIDE * 4) - RECENT_BYTES;
-constexpr int RECENT_KEYS =
-    (larger(LONGEST, STAGED + ROWS * HEAD * 2) + 127) / 128 * 128;
-constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-// Queries, later merged averages; what peers averaged. Hidden activations take the place of both.
-constexpr int QUERIES = RECENT_KEYS + RECENT_BYTES, MERGED = QUERIES, HIDDEN = QUERIES;
+constexpr int QUERIES = STAGED + ROWS * HEAD * 2, MERGED = QUERIES;  // merged averages come later
 constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
-constexpr int RING = (LOG_SUMS + PEERS * 256 + 127) / 128 * 128;
+constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
+constexpr int HIDDEN = PARTIALS + 2 * ROWS * STRIDE * 4;
+constexpr int AREA_BYTES = larger(larger(ROWS * WIDTH * BYTES, RECENT_KEYS + RECENT_BYTES),
+                                  HIDDEN + ROWS * MLP / HEADS * BYTES);
+static_assert(PARTIALS + GROUPS * ROWS * QKV_TILE * 4 <= QUERIES, "queries come during the sums");
+constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
 constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, AVERAGES_FULL = QUERIES_FULL + 8;
 constexpr int MERGED_FULL = AVERAGES_FULL + 8, HIDDEN_FULL = MERGED_FULL + 8;
 constexpr int RECENT_FULL = HIDDEN_FULL + 8, RECENT_STORED = RECENT_FULL + 8;
-constexpr int SQUARES = (RECENT_STORED + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 32;
+constexpr int X_FREE = RECENT_STORED + 8;
+constexpr int SQUARES = (X_FREE + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 32;
 static_assert(ACTIONS + 128 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
@@ -133,6 +135,11 @@ struct Block {
   // those of one group GROUPS each.
   __device__ __forceinline__ void release(int slot, int count) const {
     if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * slot, count);
+  }
+  // Tells all peers that this block, after a barrier of its threads, is done with X.
+  __device__ __forceinline__ void free_x() const {
+    const int peer = 4 * group + warp;
+    if (peer < PEERS && elected()) mbarrier_arrive_at(in_block(shared + X_FREE, peer));
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }

@@ -26,6 +26,11 @@ __device__ __forceinline__ void mbarrier_expect(u32 barrier, u32 bytes) {
                : "memory");
 }
 
+// At a barrier of any block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_at(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ bool mbarrier_passed(u32 barrier, u32 parity) {
   u32 passed;
   asm volatile(

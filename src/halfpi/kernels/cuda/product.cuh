@@ -128,11 +128,12 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
   multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(
       result, b, QKV_UNITS, AREA, b.group, 0, PieceReady<QKV_CHUNKS>{b, 0});
   all_consumers();  // X is read
-  store_partial<QKV_TILE>(result, b, b.floats(AREA) + b.group * PART, QKV_TILE);
+  store_partial<QKV_TILE>(result, b, b.floats(PARTIALS) + b.group * PART, QKV_TILE);
   all_consumers();
+  b.free_x();
   if (finishes) {
     float v[8];
-    sum_partials<8, GROUPS, PART>(v, b.floats(AREA) + row * QKV_TILE, row, 8 * chunk, alpha);
+    sum_partials<8, GROUPS, PART>(v, b.floats(PARTIALS) + row * QKV_TILE, row, 8 * chunk, alpha);
     const uint4 turned = turn.apply(v);
     if (recent) {
       int split = row * PEERS / ROWS, slot = row - Split::begin(split);
@@ -143,6 +144,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
     }
   }
   if (b.thread < 64 * QUERY_CHUNKS) {
+    wait(b.shared + X_FREE, 0);
     b.share(QUERIES + b.rank * QUERY_PIECE, QUERY_PIECE, QUERIES_FULL, 64 * QUERY_CHUNKS);
   } else if (recent) {
     mbarrier_arrive(b.shared + RECENT_STORED, 1);
@@ -150,7 +152,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
 }
 
 // The next units of tiles of 128 rows: each group has half of the rows and half of K. Ends with two
-// partial sums in the area.
+// partial sums of each row.
 constexpr int WIDE_PART = ROWS * STRIDE;
 template <typename Ready>
 __device__ __forceinline__ void wide_product(Block& b, int units, int operand, Ready ready) {
@@ -158,7 +160,7 @@ __device__ __forceinline__ void wide_product(Block& b, int units, int operand, R
   float result[TILE / 4];
   multiply<Format, TILE / 2, TILE, TILE_CHUNKS, 2>(result, b, units, operand, part, column, ready);
   all_consumers();  // what lay in the area is read
-  store_partial<TILE / 2>(result, b, b.floats(AREA) + part * WIDE_PART + column, STRIDE);
+  store_partial<TILE / 2>(result, b, b.floats(PARTIALS) + part * WIDE_PART + column, STRIDE);
   all_consumers();
 }
 
@@ -175,7 +177,7 @@ __device__ __forceinline__ void project(Block& b, bool mlp, float alpha) {
     const int row = first + i;
     if (row >= ROWS) continue;
     float v[4];
-    sum_partials<4, 2, WIDE_PART>(v, b.floats(AREA) + row * STRIDE, row, column, alpha);
+    sum_partials<4, 2, WIDE_PART>(v, b.floats(PARTIALS) + row * STRIDE, row, column, alpha);
     store_relaxed(to + row * SUMS_BYTES,
                   marked(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), mark));
   }
@@ -189,14 +191,16 @@ __device__ __forceinline__ float gated(float gate, float up) {
 // Gate and up lie side by side; eight hidden columns a thread.
 __device__ __forceinline__ void geglu(Block& b, float alpha, float inverse_scale) {
   wide_product(b, WIDE_UNITS, AREA, PieceReady<TILE_CHUNKS>{b, 1});
+  b.free_x();
   const int row = b.thread % 64, eighth = b.thread / 64;
   if (row < ROWS) {
     float wide[16], hidden[8];
-    sum_partials<16, 2, WIDE_PART>(wide, b.floats(AREA) + row * STRIDE, row, 16 * eighth, alpha);
+    sum_partials<16, 2, WIDE_PART>(wide, b.floats(PARTIALS) + row * STRIDE, row, 16 * eighth, alpha);
 #pragma unroll
     for (int i = 0; i < 8; ++i) hidden[i] = gated(wide[2 * i], wide[2 * i + 1]);
     store_operand(b, HIDDEN, 8 * b.rank + eighth, row, hidden, inverse_scale);
   }
+  wait(b.shared + X_FREE, 1);
   b.share(HIDDEN + b.rank * HIDDEN_PIECE, HIDDEN_PIECE, HIDDEN_FULL, CONSUMERS);
 }
 
