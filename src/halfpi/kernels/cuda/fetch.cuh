@@ -5,10 +5,7 @@
 
 namespace {
 
-constexpr int AHEAD = 192 * 1024;  // so much of the stream is on its way to L2
-constexpr int PREFETCHED = 2;      // units at once
-
-// A thread's place in the ring when it fills it.
+// A warp's place in the ring when it fills it.
 struct Filler {
   u32 shared;
   int slot = 0;
@@ -26,19 +23,14 @@ struct Filler {
 };
 
 __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b) {
-  const u64 once = policy_evict_first();
+  const u64 once = policy_evict_first();  // all clusters read the cache, one block its weights
   const int cached = key_tiles(b.prefix) * 2 * KEY_UNITS;
   const char* begin = a.stream + long(b.index) * DEPTH * LAYER_BYTES;
-  const char* end = begin + DEPTH * LAYER_BYTES;
   Filler ring{b.shared};
   auto stream = [&](const char* unit, int units, u32 bytes) {
 #pragma unroll 1
     for (int i = 0; i < units; ++i, unit += bytes) {
       ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, unit, bytes, full, once); });
-      if (i % PREFETCHED) continue;
-      const char *ahead = unit + AHEAD, *last = end - PREFETCHED * bytes;
-      if (ahead >= end) ahead -= end - begin;
-      if (elected()) prefetch(ahead < last ? ahead : last, PREFETCHED * bytes);
     }
   };
   for (int step = 0; step < STEPS; ++step) {

@@ -65,11 +65,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       : "memory");
 }
 
-// Brings bytes closer, to L2.
-__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // ---- clusters
 
 __device__ __forceinline__ u32 cluster_rank() {
