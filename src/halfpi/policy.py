@@ -92,7 +92,11 @@ class Policy:
         """
         began = time.perf_counter()
         kept = self._places(keep.cameras)
-        inputs = None if keep.prefix else self.processor.inputs(observation)
+        inputs = (
+            None
+            if keep.prefix
+            else self.processor.inputs(observation, resize=not self.engine.resizes)
+        )
         with_ = self.arguments(noise, given, guidance, num_steps)
         processing_ms = (time.perf_counter() - began) * 1000
         normalized, times = self.engine.run(

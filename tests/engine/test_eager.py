@@ -28,7 +28,7 @@ def test_the_engine_equals_the_model_on_padded_inputs(
     given = noise(2)[:decided] if decided else None
     actions, times = EagerEngine(model).run(inputs, noise(), 3, given)
     expected = model.sample_actions(
-        inputs.images,
+        inputs.prepared,
         inputs.image_mask,
         inputs.tokens,
         inputs.token_mask,
@@ -44,8 +44,8 @@ def test_the_engine_equals_the_model_on_padded_inputs(
 def test_what_is_masked_changes_nothing(model: Pi05) -> None:
     inputs = inputs_with([True, False], length=7)
     other = inputs_with([True, False], length=7, seed=5)
-    images, tokens = inputs.images.clone(), inputs.tokens.clone()
-    images[:, 1], tokens[:, 7:] = other.images[:, 1], other.tokens[:, 7:]
+    images, tokens = inputs.prepared.clone(), inputs.tokens.clone()
+    images[:, 1], tokens[:, 7:] = other.prepared[:, 1], other.tokens[:, 7:]
     changed = ModelInputs(images, inputs.image_mask, tokens, inputs.token_mask)
     engine = EagerEngine(model)
     assert torch.equal(engine.run(inputs, noise(), 2)[0], engine.run(changed, noise(), 2)[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from tests.conftest import build_pi05
@@ -12,6 +14,7 @@ from tests.conftest import build_pi05
 from halfpi.config import PRESETS, EngineConfig
 from halfpi.engine import EagerEngine, Engine, make_engine
 from halfpi.model import Guidance, Pi05
+from halfpi.processing.images import pictures, prepare_images
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.quant import Scales, calibrate
 from halfpi.types import Observation
@@ -159,3 +162,19 @@ def test_bad_inputs_leave_the_engine_usable(model: Pi05, scales: Scales) -> None
         make_engine(model, wrong_steps, device="cuda", scales=scales)
     with pytest.raises(ValueError, match="fp8 needs scales"):
         make_engine(model, EngineConfig("triton", "fp8"), device="cuda")
+
+
+def test_pictures_are_resized_to_the_bits_of_pillow(model: Pi05) -> None:
+    """Of other sizes than the model's, in turn, with cameras that are kept and absent."""
+    engine, rng = planned(model, None), np.random.default_rng(0)
+    size, cameras = NANO.image_size, ("a", "b", "c")
+    shapes = [(480, 640), (480, 640), (size, size), (37, 90), (720, 1280)]
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    for chosen in ((0, 1, 2), (0, None, 3), (4, 1, 0), (2, 2, 2)):
+        given = {n: images[i] for n, i in zip(cameras, chosen, strict=True) if i is not None}
+        prepared, mask = prepare_images(given, cameras, size, "pil")
+        came, _ = pictures(given, cameras, size)
+        inputs = inputs_with(mask[0].tolist(), 20, 1)
+        expected, _ = engine.run(dataclasses.replace(inputs, images=prepared), noise(1), STEPS)
+        actions, _ = engine.run(dataclasses.replace(inputs, images=came), noise(1), STEPS)
+        assert torch.equal(actions, expected)

@@ -10,16 +10,19 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.conftest import TINY
 from tests.engine.conftest import inputs_with, noise, random_model
 
 from halfpi.config import EngineConfig
-from halfpi.engine import EagerEngine
+from halfpi.engine import EagerEngine, Engine
 from halfpi.model import Guidance
+from halfpi.processing.images import pictures, prepare_images
 from halfpi.processing.pipeline import ModelInputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -50,7 +53,24 @@ def check_calls() -> None:
         ours, _ = engine.run(inputs, noise(number), steps, **options)
         theirs, _ = eager.run(inputs, noise(number), steps, **options)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    check_pictures(engine)
     check_refusals(engine)
+
+
+def check_pictures(engine: Engine) -> None:
+    """Images as they came give the bits of those that were resized before."""
+    size, generator = TINY.image_size, np.random.default_rng(0)
+    shapes = [(size, size), (40, 30), (9, 21), (40, 30)]
+    images = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    for first, second in ((1, 3), (2, 0), (None, 2)):
+        pair = {n: images[i] for n, i in zip("ab", (first, second), strict=True) if i is not None}
+        prepared, mask = prepare_images(pair, ("a", "b"), size, "pil")
+        came, _ = pictures(pair, ("a", "b"), size)
+        inputs = inputs_with(mask[0].tolist(), 7)
+        run = partial(engine.run, noise=noise(), num_steps=1)
+        expected, _ = run(dataclasses.replace(inputs, images=prepared))
+        actions, _ = run(dataclasses.replace(inputs, images=came))
+        assert torch.equal(actions, expected)
 
 
 def check_refusals(engine: object) -> None:
@@ -59,14 +79,16 @@ def check_refusals(engine: object) -> None:
     before, _ = run(inputs_with([True, True], 7), noise(), 1)
     good = inputs_with([True, True], 7)
     three = dataclasses.replace(
-        good, images=good.images.repeat(1, 2, 1, 1, 1), image_mask=torch.ones(1, 4).bool()
+        good, images=good.prepared.repeat(1, 2, 1, 1, 1), image_mask=torch.ones(1, 4).bool()
     )
     long = torch.zeros(1, 13, dtype=torch.int64)
+    grey = np.zeros((8, 8), np.uint8)
     mistakes: list[tuple[ModelInputs, int, dict[str, Any], str]] = [
         (good, 5, {}, "planned for 1, 2 Euler steps, got 5"),
         (three, 2, {}, "planned for 2 cameras, got 4"),
         (dataclasses.replace(good, tokens=long, token_mask=long == 0), 2, {}, "12 prompt tokens"),
-        (dataclasses.replace(good, images=good.images.double()), 2, {}, "got torch.float64"),
+        (dataclasses.replace(good, images=good.prepared.double()), 2, {}, "got torch.float64"),
+        (dataclasses.replace(good, images=(None, grey)), 2, {}, r"uint8 \(height, width, 3\)"),
         (dataclasses.replace(good, tokens=good.tokens + 1000), 2, {}, r"tokens must be in \[0"),
     ]
     for inputs, steps, options, message in mistakes:

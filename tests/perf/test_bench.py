@@ -38,6 +38,8 @@ CPU = torch.device("cpu")
 class GraphStandIn:
     """What a captured engine looks like: stages that note that they were replayed."""
 
+    resizes = False
+
     def __init__(self, model: Pi05) -> None:
         self.eager = EagerEngine(model)
         self.config, self.device = model.config, CPU

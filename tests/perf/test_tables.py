@@ -192,7 +192,13 @@ def test_runs_of_the_loop_and_the_server(tmp_path: Path) -> None:
         "threads": 2,
         "each_ms": {"1": {"p50": 30.0, "least": 25.0}, "8": {"p50": 12.0, "least": 11.0}},
     }
-    every = {"loop-jitter": jitter, "serve-load": load, "batching": batching}
+    reuse = place | {
+        "precision": "fp8", "steps": 5, "executed": 4,
+        "actions_per_second": {"1": 500.0, "2": 760.4},
+    }  # fmt: skip
+    every = {
+        "loop-jitter": jitter, "serve-load": load, "batching": batching, "reuse-rate": reuse,
+    }  # fmt: skip
     for name, record in every.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     runs = read_runs(tmp_path)
@@ -201,4 +207,5 @@ def test_runs_of_the_loop_and_the_server(tmp_path: Path) -> None:
     assert "| 1 | 1.23 | 2.00 | 32 | 60 | 80–82 | 43.3 | 0 | 1 | 500 → 501 |" in shown
     assert "| device | load | policy | threads | 1 a pass | 8 a pass | commit |" in shown
     assert "| nano | 2 | 30.0 (25.0) | 12.0 (11.0) | 0123456* |" in shown
+    assert "| fp8 | 5 | 4 | 500 (1.00 ×) | 760 (1.52 ×) | 0123456* |" in shown
     assert render(between("loop-jitter"), []) == between("loop-jitter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from halfpi.config import ResizeRule
-from halfpi.processing.images import prepare_images, resize_with_pad, to_model
+from halfpi.processing.images import pictures, prepare_images, resize_with_pad, to_model
 
 SIZES = [(480, 640), (100, 37), (20, 31), (224, 300), (56, 112)]
 RULES: list[ResizeRule] = ["pil", "interpolate", "interpolate-0.4"]
@@ -129,6 +130,26 @@ def test_absent_cameras_keep_their_place_and_are_masked() -> None:
     assert mask.tolist() == [[False, True, False]]
     assert torch.equal(images[0, 1], resize_with_pad("wrist", image, 56, "pil"))
     assert (to_model(images)[0, [0, 2]] == -1).all()
+
+
+def test_pictures_are_the_images_that_came_but_uint8() -> None:
+    image, floats = picture(40, 30), np.linspace(0, 1, 5 * 8 * 3).reshape(3, 5, 8)
+    given: dict[str, NDArray[Any]] = {"wrist": image, "top": floats}
+    (base, wrist, top), mask = pictures(given, ("base", "wrist", "top"), 56)
+    assert base is None
+    assert wrist is image
+    assert top is not None
+    np.testing.assert_array_equal(top, np.floor(255 * floats.transpose(1, 2, 0)))
+    assert mask.tolist() == [[False, True, True]]
+    tall = picture(91, 45)
+    (resized, _, _), _ = pictures({"base": tall}, ("base", "wrist", "top"), 56)
+    np.testing.assert_array_equal(resized, resize_with_pad("base", tall, 56, "pil").numpy())
+    mistakes: list[dict[str, Any]] = [{"other": image}, {}, {"top": picture(1, 200)}]
+    for wrong in mistakes:
+        with pytest.raises(ValueError, match="camera") as expected:
+            prepare_images(wrong, ("base", "wrist", "top"), 56, "pil")
+        with pytest.raises(ValueError, match=re.escape(str(expected.value))):
+            pictures(wrong, ("base", "wrist", "top"), 56)
 
 
 def test_unknown_and_no_cameras() -> None:

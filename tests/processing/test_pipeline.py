@@ -40,7 +40,7 @@ def observation(state: Any = STATE, prompt: str | None = "pick up_the red cube\n
 
 def test_inputs(table_tokenizer: Tokenizer, gemma_ids: dict[str, list[int]]) -> None:
     inputs = Processor(LIBERO, 32, table_tokenizer).inputs(observation())
-    assert inputs.images.shape == (1, 3, 28, 28, 3)
+    assert inputs.prepared.shape == (1, 3, 28, 28, 3)
     assert inputs.image_mask.tolist() == [[True, True, False]]
     assert inputs.tokens.shape == inputs.token_mask.shape == (1, 200)
     assert inputs.tokens.dtype == torch.int64
@@ -248,7 +248,7 @@ def act(model: Pi05, processor: Processor, moment: Observation) -> Any:
     noise = torch.randn(1, model.config.horizon, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         actions = model.sample_actions(
-            to_model(inputs.images), inputs.image_mask, inputs.tokens, inputs.token_mask, noise, 2
+            to_model(inputs.prepared), inputs.image_mask, inputs.tokens, inputs.token_mask, noise, 2
         )
     return processor.outputs(actions[0].numpy(), moment)
 

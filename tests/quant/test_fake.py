@@ -39,7 +39,7 @@ STEPS = 4
 def inputs(tiny_config: Pi05Config) -> tuple[ModelInputs, Tensor]:
     case = Case("tiny", cameras=2, prompt_tokens=9, horizon=7, steps=STEPS, precision="fp32")
     inputs, noise = random_inputs(tiny_config, case, seed=5)
-    return dataclasses.replace(inputs, images=to_model(inputs.images)), noise
+    return dataclasses.replace(inputs, images=to_model(inputs.prepared)), noise
 
 
 def actions_of(model: Pi05, inputs: tuple[ModelInputs, Tensor]) -> Tensor:

@@ -69,6 +69,8 @@ class ByteTokenizer:
 class StubEngine:
     """Takes no time; all its actions have the value that `act` returns."""
 
+    resizes = False
+
     def __init__(self, act: Callable[[ModelInputs], float], horizon: int) -> None:
         self.act = act
         self.config = Pi05Config(horizon=horizon, action_dim=ACTION_DIM)

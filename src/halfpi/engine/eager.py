@@ -23,6 +23,8 @@ class EagerEngine:
     remembers each camera's image tokens and the prefix, for calls that keep them.
     """
 
+    resizes = False
+
     def __init__(self, model: Pi05, compiled: Callable[[Any], Any] = lambda stage: stage) -> None:
         """`compiled` makes a faster function of each stage, such as `torch.compile`."""
         self.model = model
@@ -85,7 +87,7 @@ class EagerEngine:
         places = inputs.image_mask.any(0)
         length = int(inputs.token_mask.sum(1).max())
         with self._timed("vision_ms", times):
-            image_tokens = self.vision(to_model(inputs.images[:, places].to(self.device)))
+            image_tokens = self.vision(to_model(inputs.prepared[:, places].to(self.device)))
         image_mask = inputs.image_mask[:, places].to(self.device)
         cache = self._prefilled(image_tokens, image_mask, inputs, length, times)
         return self._denoised(cache, noise, num_steps, given, guidance, times), StageTimes(**times)
@@ -96,7 +98,7 @@ class EagerEngine:
         places = inputs.image_mask[0].nonzero()[:, 0].tolist()
         length = int(inputs.token_mask.sum())
         with self._timed("vision_ms", times):
-            image_tokens = self._image_tokens(inputs.images, places, kept)
+            image_tokens = self._image_tokens(inputs.prepared, places, kept)
         image_mask = torch.ones((1, len(places)), dtype=torch.bool, device=self.device)
         return self._prefilled(image_tokens, image_mask, inputs, length, times)
 

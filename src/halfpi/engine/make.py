@@ -24,6 +24,7 @@ class Engine(Protocol):
 
     config: Pi05Config
     device: torch.device
+    resizes: bool  # whether images may be `Pictures`
 
     def run(
         self,

@@ -19,6 +19,7 @@ from halfpi.kernels.layer_norm import layer_norm
 from halfpi.kernels.linear import linear
 from halfpi.kernels.patchify import patchify
 from halfpi.kernels.qkv_rope import qkv_rope
+from halfpi.kernels.resize import Taps, resize
 from halfpi.kernels.rms_norm import rms_norm
 from halfpi.kernels.split_linear import split_linear
 
@@ -40,6 +41,10 @@ class Operations:
 
     def __init__(self, device: torch.device, working: torch.dtype) -> None:
         self._launches = Launches(device, working)
+
+    def resize(self, images: Tensor, out: Tensor, rows: Taps, columns: Taps) -> None:
+        """`images` (n, h, w, 3) into the middle of squares."""
+        resize(images, out, rows, columns, self._launches.row(out.shape[1]))
 
     def patchify(self, images: Tensor, patch: int, out: Tensor) -> None:
         """Rows of patches of `images` (n, h, w, c)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from halfpi.config import EngineConfig, Pi05Config
 from halfpi.engine.denoise import DenoiseInputs, DenoiseStage, modulation_table
 from halfpi.engine.graphs import Replay, captured
+from halfpi.engine.images import ImageInput
 from halfpi.engine.operations import Operations
 from halfpi.engine.packing import Packer
 from halfpi.engine.persistent import PersistentDenoise, persistent_sizes
@@ -32,14 +33,14 @@ _WORKING = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16
 class Plan:
     """Buffers and graphs of one engine.
 
-    staging: inputs of a call. images: by dtype, uint8 (n, h, w, 3) and fp32 (n, 3, h, w).
-    embedded: (s, d), rows of the prefix. vision: by dtype of the images, first block and number of
-    blocks. prefill: by rows, ascending. denoise: by number of steps. persistent: whether it is one
+    staging: small inputs of a call. images: what brings the others. embedded: (s, d), rows of the
+    prefix. vision: by dtype of the images, first block and number of blocks. prefill: by rows,
+    ascending. denoise: by number of steps. persistent: whether it is one
     kernel for all steps. cold_start_s: what planning took.
     """
 
     staging: Staging
-    images: Mapping[torch.dtype, Tensor]
+    images: ImageInput
     embedded: Tensor
     vision: Mapping[tuple[torch.dtype, int, int], Replay]
     prefill: Mapping[int, Replay]
@@ -64,16 +65,16 @@ def make_plan(
     prefill = PrefillStage(sizes, packer.prefix(), operations, embedded, cache, staging.device)
     vision = VisionStage(sizes, packer.vision(), operations, embedded, config.max_cameras)
     stages = _denoise_stages(packer, config, operations, cache, _denoise_inputs(staging))
-    images = {torch.uint8: vision.pixels, torch.float32: vision.floats}
+    buffers = {torch.uint8: vision.pixels, torch.float32: vision.floats}
     tables = {steps: modulation_table(model, steps, device) for steps in config.num_steps}
     _fill_for_capture(staging, prefix_rows)
     return Plan(
         staging=staging,
-        images=images,
+        images=ImageInput(buffers, operations),
         embedded=embedded,
         vision={
             (dtype, first, count): captured(partial(vision.enqueue, source, first, count), device)
-            for dtype, source in images.items()
+            for dtype, source in buffers.items()
             for first in range(config.max_cameras)
             for count in range(1, config.max_cameras - first + 1)
         },

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Collection, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfpi.config import EngineConfig
+from halfpi.engine.images import runs
 from halfpi.engine.plan import make_plan
 from halfpi.engine.stopwatch import Stopwatch
 from halfpi.model import Guidance, Pi05, schedule_times
+from halfpi.processing.images import Pictures
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.quant import Scales
 from halfpi.types import StageTimes
@@ -28,6 +31,8 @@ class TritonEngine:
     Raises ValueError when the model, the device or the scales do not go with `engine`.
     """
 
+    resizes = True
+
     def __init__(
         self,
         model: Pi05,
@@ -42,10 +47,6 @@ class TritonEngine:
         self._result = torch.zeros(
             self.config.horizon, self.config.action_dim, pin_memory=device.type == "cuda"
         )
-        self._image_staging = {
-            dtype: torch.zeros(images.shape, dtype=dtype, pin_memory=device.type == "cuda")
-            for dtype, images in self.plan.images.items()
-        }
         self.forget()
 
     def forget(self) -> None:
@@ -102,22 +103,19 @@ class TritonEngine:
     def _prefill_replay(self, count: int) -> Callable[[], None]:
         return next(replay for rows, replay in self.plan.prefill.items() if rows >= count)
 
-    def _check(self, inputs: ModelInputs, kept: Collection[int]) -> tuple[list[int], Tensor]:
+    def _check(
+        self, inputs: ModelInputs, kept: Collection[int]
+    ) -> tuple[list[int], NDArray[np.int64]]:
         """The places of the cameras that are there, and the prompt's tokens without padding."""
-        images, engine = inputs.images, self.engine_config
-        size = self.config.image_size
-        layout = {torch.uint8: (size, size, 3), torch.float32: (3, size, size)}.get(images.dtype)
-        if layout is None or images.shape[2:] != layout or images.shape[0] != 1:
-            raise ValueError(
-                f"images must be uint8 (1, n, {size}, {size}, 3) or float32 (1, n, 3, {size}, "
-                f"{size}), got {images.dtype} {tuple(images.shape)}"
-            )
-        places: list[int] = inputs.image_mask[0].nonzero()[:, 0].tolist()
+        self._check_images(inputs.images)
+        engine = self.engine_config
+        # NumPy, whose operations on so little take a fraction of torch's time.
+        places: list[int] = np.flatnonzero(inputs.image_mask[0].numpy()).tolist()
         if len(places) > engine.max_cameras:
             raise ValueError(
                 f"the engine is planned for {engine.max_cameras} cameras, got {len(places)}"
             )
-        tokens = inputs.tokens[inputs.token_mask]
+        tokens = inputs.tokens.numpy()[inputs.token_mask.numpy()]
         if len(tokens) > engine.max_prompt_tokens:
             raise ValueError(
                 f"the engine is planned for {engine.max_prompt_tokens} prompt tokens, "
@@ -131,6 +129,25 @@ class TritonEngine:
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
         return places, tokens
 
+    def _check_images(self, images: Tensor | Pictures) -> None:
+        size = self.config.image_size
+        layouts = {torch.uint8: (size, size, 3), torch.float32: (3, size, size)}
+        if isinstance(images, Tensor):
+            if images.shape[:1] + images.shape[2:] != (1, *layouts.get(images.dtype, ())):
+                raise ValueError(
+                    f"images must be uint8 (1, n, {size}, {size}, 3) or float32 (1, n, 3, {size}, "
+                    f"{size}), got {images.dtype} {tuple(images.shape)}"
+                )
+            return
+        for picture in images:
+            if picture is None:
+                continue
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise ValueError(
+                    "pictures must be uint8 (height, width, 3), "
+                    f"got {picture.dtype} {picture.shape}"
+                )
+
     def _check_actions(self, noise: Tensor, given: Tensor | None) -> None:
         h, a = self.config.horizon, self.config.action_dim
         if noise.shape != (h, a):
@@ -138,10 +155,10 @@ class TritonEngine:
         if given is not None and (given.ndim != 2 or len(given) > h or given.shape[1] != a):
             raise ValueError(f"given must have shape (0 to {h}, {a}), got {tuple(given.shape)}")
 
-    def _set_prompt(self, tokens: Tensor, cameras: int) -> None:
+    def _set_prompt(self, tokens: NDArray[np.int64], cameras: int) -> None:
         host = self.plan.staging.host
         images = cameras * self.config.tokens_per_image
-        host["tokens"][: len(tokens)] = tokens
+        host["tokens"].numpy()[: len(tokens)] = tokens
         host["image_count"].fill_(images)
         host["token_count"].fill_(len(tokens))
         host["prefix_count"].fill_(images + len(tokens))
@@ -164,19 +181,16 @@ class TritonEngine:
             gains = [guidance.gain(time) for time in schedule_times(num_steps)]
             host["gains"][:num_steps] = torch.tensor(gains)
 
-    def _encode(self, images: Tensor, places: list[int], kept: Collection[int]) -> None:
+    def _encode(self, images: Tensor | Pictures, places: list[int], kept: Collection[int]) -> None:
         """Bring the image tokens of the cameras at `places` into the first blocks."""
         self._move_blocks(places, kept)
         fresh = [block for block, place in enumerate(places) if place not in kept]
         self._blocks = places
         if not fresh:
             return
-        staged, device = self._image_staging[images.dtype], self.plan.images[images.dtype]
-        for block in fresh:  # NumPy's copy starts no threads
-            staged.numpy()[block] = images.numpy()[0, places[block]]
-        device[: len(places)].copy_(staged[: len(places)], non_blocking=True)
-        for first, count in _runs(fresh):
-            self.plan.vision[images.dtype, first, count]()
+        dtype = self.plan.images.load(images, places, fresh)
+        for first, count in runs(fresh):
+            self.plan.vision[dtype, first, count]()
 
     def _move_blocks(self, places: list[int], kept: Collection[int]) -> None:
         """Move the tokens of cameras that stay to where the present set of cameras puts them."""
@@ -191,10 +205,3 @@ class TritonEngine:
             blocks = self.plan.embedded[:rows].view(-1, self.config.tokens_per_image, width)
             to, source = (list(indices) for indices in zip(*moves, strict=True))
             blocks[to] = blocks[source]
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending `numbers` as (first, length) of runs without a gap."""
-    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        yield run[0], len(run)

@@ -193,7 +193,7 @@ def _ignoring_index(replay: Callable[[], None]) -> Call:
 def _torch_calls(engine: EagerEngine, case: Case) -> dict[str, Call]:
     """The stages in plain or compiled torch, each on one of a few inputs."""
     rotation = [model_inputs(engine.config, case, engine.device, seed) for seed in range(_ROTATION)]
-    images = [inputs.images for inputs, _ in rotation]
+    images = [inputs.prepared for inputs, _ in rotation]
     noises = [noise for _, noise in rotation]
     tokens = [engine.vision(image) for image in images]
 

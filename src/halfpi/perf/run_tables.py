@@ -101,9 +101,33 @@ def _batching(records: Sequence[Mapping[str, Any]]) -> Rows:
     return header, rows
 
 
+def _reuse_rate(records: Sequence[Mapping[str, Any]]) -> Rows:
+    """Actions a second by calls a prefix, and against one, of each run of reuse_rate.py."""
+    settings = list(records[0]["actions_per_second"]) if records else []
+    header = (
+        "device", "load", "precision", "steps", "executed",
+        *(f"{calls} a prefix, actions/s" for calls in settings), "commit",
+    )  # fmt: skip
+    rows = []
+    for record in records:
+        rates = record["actions_per_second"]
+        rows.append(
+            (
+                *_place(record),
+                record["precision"],
+                str(record["steps"]),
+                str(record["executed"]),
+                *(f"{rate:.0f} ({rate / rates['1']:.2f} ×)" for rate in rates.values()),
+                commit_label(record["commit"], record["dirty"]),
+            )
+        )
+    return header, rows
+
+
 RUN_TABLES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Rows]] = {
     "batching": _batching,
     "loop-jitter": _loop_jitter,
+    "reuse-rate": _reuse_rate,
     "serve-load": _serve_load,
 }
 

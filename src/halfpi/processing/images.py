@@ -7,7 +7,8 @@ bilinear interpolation, which only looks at the four nearest pixels. "interpolat
 0.4, the same but for its padding.
 
 Pillow's pixels stay 8-bit until the model's device normalises them (`to_model`), a quarter of the
-bytes to bring there.
+bytes to bring there. An engine that resizes by itself, to the same pixels, is given `pictures`
+instead.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _PADDING: Mapping[ResizeRule, float] = {
 }
 
 
+# The image of each camera as it came, uint8 (height, width, 3), None where a camera is absent.
+Pictures = tuple[NDArray[np.uint8] | None, ...]
+
 # Pillow lets other threads run while it resizes, so the cameras share one camera's time.
 _WORKERS = ThreadPoolExecutor(thread_name_prefix="halfpi-images")
 
@@ -52,12 +56,7 @@ def prepare_images(
     Raises ValueError if no camera is present, a camera is not in `cameras`, or an image is
     malformed.
     """
-    unknown = sorted(set(images) - set(cameras))
-    if unknown:
-        raise ValueError(f"unknown camera {', '.join(unknown)}: expected {', '.join(cameras)}")
-    if not images:
-        raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
-    present = [camera for camera in cameras if camera in images]
+    present = _present(images, cameras)
     to_resize = [camera for camera in present if np.shape(images[camera])[:2] != (size, size)]
     # Handing work to a thread costs more than a copy, and sometimes milliseconds.
     each = _WORKERS.map if len(to_resize) > 1 else map
@@ -66,7 +65,34 @@ def prepare_images(
     absent = _blank(size, rule, _BLACK)
     # NumPy, because a parallel copy by torch costs more in waking its threads than in copying.
     stacked = np.stack([by_camera.get(camera, absent).numpy() for camera in cameras])[None]
-    return torch.from_numpy(stacked), torch.tensor([[camera in images for camera in cameras]])
+    return torch.from_numpy(stacked), _mask(images, cameras)
+
+
+def pictures(
+    images: Mapping[str, NDArray[Any]], cameras: Sequence[str], size: int
+) -> tuple[Pictures, Tensor]:
+    """The images of `cameras` to be resized by the rule "pil", checked, copied only if need be.
+
+    Only those more than twice as tall as wide, which Pillow resizes rows first, are resized here.
+    images, image_mask and ValueError as in `prepare_images`.
+    """
+    came = {camera: _picture(camera, images[camera], size) for camera in _present(images, cameras)}
+    return tuple(map(came.get, cameras)), _mask(images, cameras)
+
+
+def _picture(camera: str, image: NDArray[Any], size: int) -> NDArray[np.uint8]:
+    pixels = _to_uint8(_checked(camera, image))
+    height, width = pixels.shape[:2]
+    if height > 2 * width:
+        return resize_with_pad(camera, pixels, size, "pil").numpy()
+    _fitted(camera, pixels, size)
+    return pixels
+
+
+def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of an image that was scaled to just fit a square; 0 if nothing is left."""
+    ratio = max(width / size, height / size)
+    return int(height / ratio), int(width / ratio)
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -92,12 +118,7 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
         pixels = _to_uint8(pixels)
     if (height, width) == (size, size):
         return _arranged(pixels, rule)
-    ratio = max(width / size, height / size)
-    new_height, new_width = int(height / ratio), int(width / ratio)
-    if min(new_height, new_width) == 0:
-        raise ValueError(
-            f"camera {camera}: an image of {height}×{width} is too long for {size}×{size}"
-        )
+    new_height, new_width = _fitted(camera, pixels, size)
     resize = _resize_pil if rule == "pil" else _resize_interpolate
     top, left = (size - new_height) // 2, (size - new_width) // 2
     padded = _blank(size, rule, _PADDING[rule])
@@ -105,6 +126,29 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
     box = inside.numpy()[top : top + new_height, left : left + new_width]
     box[:] = resize(pixels, new_height, new_width)
     return padded
+
+
+def _present(images: Mapping[str, object], cameras: Sequence[str]) -> list[str]:
+    unknown = sorted(set(images) - set(cameras))
+    if unknown:
+        raise ValueError(f"unknown camera {', '.join(unknown)}: expected {', '.join(cameras)}")
+    if not images:
+        raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
+    return [camera for camera in cameras if camera in images]
+
+
+def _mask(images: Mapping[str, object], cameras: Sequence[str]) -> Tensor:
+    return torch.tensor([[camera in images for camera in cameras]])
+
+
+def _fitted(camera: str, pixels: NDArray[Any], size: int) -> tuple[int, int]:
+    height, width = pixels.shape[:2]
+    fitted = fitted_size(height, width, size)
+    if min(fitted) == 0:
+        raise ValueError(
+            f"camera {camera}: an image of {height}×{width} is too long for {size}×{size}"
+        )
+    return fitted
 
 
 def _blank(size: int, rule: ResizeRule, value: float) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfpi.config import NormMode, NormRule, ProcessingConfig, ResizeRule, RobotName
-from halfpi.processing.images import prepare_images
+from halfpi.processing.images import Pictures, pictures, prepare_images
 from halfpi.processing.normalize import Floats, Normalizer
 from halfpi.processing.prompt import clean_prompt, encode_prompt
 from halfpi.processing.robots import ROBOTS, Robot
@@ -30,15 +30,22 @@ from halfpi.types import Observation
 class ModelInputs:
     """What the model reads, on the CPU.
 
-    images: uint8 (1, n, h, w, 3) or float32 (1, n, 3, h, w), see `images.to_model`. image_mask:
-    bool (1, n), False where a camera is absent.
+    images: uint8 (1, n, h, w, 3) or float32 (1, n, 3, h, w), see `images.to_model`; or, for an
+    engine that resizes, `Pictures`. image_mask: bool (1, n), False where a camera is absent.
     tokens: int64 (1, l). token_mask: bool (1, l), False where the prompt is padded.
     """
 
-    images: Tensor
+    images: Tensor | Pictures
     image_mask: Tensor
     tokens: Tensor
     token_mask: Tensor
+
+    @property
+    def prepared(self) -> Tensor:
+        """`images` of the model's size. Raises TypeError if they are `Pictures`."""
+        if not isinstance(self.images, Tensor):
+            raise TypeError("the images must be prepared: this engine does not resize")
+        return self.images
 
 
 class Processor:
@@ -56,17 +63,22 @@ class Processor:
         self._robot = ROBOTS[config.robot]
         self.state_normalizer, self.action_normalizer = _normalizers(config)
 
-    def inputs(self, observation: Observation) -> ModelInputs:
+    def inputs(self, observation: Observation, *, resize: bool = True) -> ModelInputs:
         """The model's tensors.
 
-        Images may also be float in [0, 1] or (3, height, width). Raises ValueError naming the
-        camera, the state or the prompt that is at fault, PromptTooLongError when the prompt does
-        not fit.
+        resize: False leaves resizing by the rule "pil" to the engine. Images may also be float in
+        [0, 1] or (3, height, width).
+
+        Raises ValueError naming the camera, the state or the prompt that is at fault,
+        PromptTooLongError when the prompt does not fit.
         """
         config = self.config
-        images, image_mask = prepare_images(
-            observation.images, config.cameras, config.image_size, config.resize
-        )
+        images: Tensor | Pictures
+        given, cameras, size = observation.images, config.cameras, config.image_size
+        if resize or config.resize != "pil":
+            images, image_mask = prepare_images(given, cameras, size, config.resize)
+        else:
+            images, image_mask = pictures(given, cameras, size)
         state = self.state_normalizer.normalize(self._model_state(observation))
         tokens, token_mask = encode_prompt(
             self._instruction(observation),

@@ -1,0 +1,108 @@
+"""The images of a call: filled on the host, brought to the device, and resized there if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfpi.engine.operations import Operations
+from halfpi.kernels.resize import Taps, taps
+from halfpi.processing.images import Pictures, fitted_size
+
+# A robot's cameras have one or two sizes of their own; room for so many is kept.
+_SIZES = 4
+
+
+class ImageInput:
+    """Brings images to `buffers`, which the vision stage reads, with one copy on the host.
+
+    buffers: by dtype, uint8 (n, s, s, 3) and fp32 (n, 3, s, s). `Pictures` of another size go to
+    the device as they came and are resized there; the first call with a size allocates room.
+    """
+
+    def __init__(self, buffers: Mapping[torch.dtype, Tensor], operations: Operations) -> None:
+        self._rooms = {dtype: _Room.beside(buffer) for dtype, buffer in buffers.items()}
+        self._operations = operations
+        self._resizer: Callable[[int, int], _Resizer] = lru_cache(_SIZES)(self._make_resizer)
+        self._resize(self._make_resizer(1, 1), 0, 1)  # compiles, so that no call waits for it
+
+    def load(
+        self, images: Tensor | Pictures, places: Sequence[int], fresh: Sequence[int]
+    ) -> torch.dtype:
+        """Bring the images at `places` to the blocks of the same index, of which `fresh` are new.
+
+        images: as in `ModelInputs`, of cameras that are there. Returns the buffers' dtype.
+        """
+        if isinstance(images, Tensor):
+            self._rooms[images.dtype].fill({i: images.numpy()[0, places[i]] for i in fresh})
+            return images.dtype
+        pictures: dict[int, Any] = {i: images[places[i]] for i in fresh}
+        for shape, blocks in groupby(fresh, key=lambda i: pictures[i].shape[:2]):
+            self._bring(shape, {i: pictures[i] for i in blocks})
+        return torch.uint8
+
+    def _bring(self, shape: tuple[int, ...], pictures: Mapping[int, Any]) -> None:
+        target = self._rooms[torch.uint8]
+        if shape == target.device.shape[1:3]:
+            target.fill(pictures)
+            return
+        resizer = self._resizer(*shape)
+        resizer.room.fill(pictures)
+        for first, count in runs(list(pictures)):
+            self._resize(resizer, first, count)
+
+    def _resize(self, resizer: _Resizer, first: int, count: int) -> None:
+        blocks, target = slice(first, first + count), self._rooms[torch.uint8].device
+        self._operations.resize(
+            resizer.room.device[blocks], target[blocks], resizer.rows, resizer.columns
+        )
+
+    def _make_resizer(self, height: int, width: int) -> _Resizer:
+        target = self._rooms[torch.uint8].device
+        room = _Room.beside(target.new_zeros(target.shape[0], height, width, 3))
+        new_height, new_width = fitted_size(height, width, target.shape[1])
+        rows = taps(height, new_height, target.device)
+        return _Resizer(room, rows, taps(width, new_width, target.device))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Images on the host, pinned for a GPU, and on the device, each (n, …)."""
+
+    host: Tensor
+    device: Tensor
+
+    @staticmethod
+    def beside(device: Tensor) -> _Room:
+        host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
+        return _Room(host, device)
+
+    def fill(self, images: Mapping[int, Any]) -> None:
+        """Bring each image, a NumPy array, to its place."""
+        for place, image in images.items():  # NumPy's copy starts no threads
+            self.host.numpy()[place] = image
+        for first, count in runs(list(images)):
+            blocks = slice(first, first + count)
+            self.device[blocks].copy_(self.host[blocks], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Resizer:
+    """Room for images of one size, and how they are resized."""
+
+    room: _Room
+    rows: Taps
+    columns: Taps
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending `numbers` as (first, length) of runs without a gap."""
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield run[0], len(run)
