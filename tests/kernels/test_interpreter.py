@@ -60,6 +60,10 @@ def finished(spec: KernelSpec[Launch], case: Case, launch: Launch) -> Problem:
     return problem
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point else dtype
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     from halfpi.kernels.attention import attention, attention_reference
     from halfpi.kernels.attention_launches import AttentionLaunch
@@ -68,7 +72,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     @pytest.mark.parametrize(("spec", "case", "launch"), runs())
     def test_wide(spec: KernelSpec[Launch], case: Case, launch: Launch) -> None:
-        wide = dataclasses.replace(case, dtype=torch.float32, out_dtype=torch.float32)
+        wide = dataclasses.replace(
+            case, dtype=widened(case.dtype), out_dtype=widened(case.out_dtype)
+        )
         problem = finished(spec, wide, launch)
         for output, truth in zip(problem.outputs, problem.truth(), strict=True):
             torch.testing.assert_close(

@@ -35,7 +35,7 @@ def test_the_reference_is_pillow(height: int, width: int, size: int) -> None:
     rows, columns = (taps(*axis, CPU) for axis in zip((height, width), box, strict=True))
     (ours,) = resize_reference(torch.from_numpy(np.stack(images)), rows, columns, size)
     theirs = [resize_with_pad("camera", image, size, "pil") for image in images]
-    assert torch.equal(ours, torch.stack(theirs).float())
+    assert torch.equal(ours, torch.stack(theirs))
 
 
 def test_names_what_is_wrong() -> None:

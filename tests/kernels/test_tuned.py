@@ -55,6 +55,8 @@ def test_nearest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned, "entries", lambda capability: table if capability == 90 else ())
     assert [block_m(m, 96) for m in (100, 256, 500, 600, 4000)] == [16, 16, 16, 32, 32]
     assert block_m(256, 128) == 256  # the width decides before the rows
+    assert block_m(128, 128) == 256
+    assert block_m(127, 128) == 128  # too far: the default
 
 
 def test_what_was_not_measured_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfpi.kernels.spec import (
-    FLOATS,
     Case,
     Device,
     KernelSpec,
@@ -68,12 +67,12 @@ def taps(size: int, out: int, device: torch.device) -> Taps:
 
 
 def resize_reference(images: Tensor, rows: Taps, columns: Taps, size: int) -> tuple[Tensor]:
-    """Images (n, h, w, 3) uint8, resized, in the middle of black squares → fp32 (n, s, s, 3)."""
+    """Images (n, h, w, 3) uint8, resized, in the middle of black squares → (n, s, s, 3)."""
     pixels = _resized(_resized(images.long(), columns, 2), rows, 1)
     height, width = pixels.shape[1:3]
     top, left = (size - height) // 2, (size - width) // 2
     around = (0, 0, left, size - width - left, top, size - height - top)
-    return (F.pad(pixels, around).float(),)
+    return (F.pad(pixels, around).byte(),)
 
 
 def _resized(pixels: Tensor, axis: Taps, dim: int) -> Tensor:
@@ -132,7 +131,7 @@ def resize(images: Tensor, out: Tensor, rows: Taps, columns: Taps, launch: Launc
     n, size = out.shape[:2]
     height, width = images.shape[1:3]
     check("images", images, (n, height, width, _CHANNELS), torch.uint8)
-    check("out", out, (n, size, size, _CHANNELS), torch.uint8, *FLOATS)
+    check("out", out, (n, size, size, _CHANNELS), torch.uint8)
     box = []
     for name, axis in (("rows", rows), ("columns", columns)):
         (k, pixels) = axis.weights.shape

@@ -259,8 +259,12 @@ def random_operands(
 def poisoned_output(
     shape: tuple[int, ...], case: Case, device: torch.device, valid: Tensor | None = None
 ) -> Output:
-    """An output of `case` full of NaN, with a scale for values of order one if it is quantised."""
-    tensor = torch.full(shape, torch.nan, device=device).to(case.out_dtype)
+    """An output of `case` full of NaN, or of the largest uint8, with a scale if it is quantised.
+
+    The scale is for values of order one.
+    """
+    poison = torch.nan if case.out_dtype.is_floating_point else 255
+    tensor = torch.full(shape, poison, device=device).to(case.out_dtype)
     scale = torch.full((1,), 1 / 64, device=device) if case.out_dtype == FP8 else None
     return Output(tensor, scale, valid)
 

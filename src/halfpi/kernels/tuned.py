@@ -1,7 +1,8 @@
 """Launches that were measured, by GPU: `tuned/sm_90.json`, written by benchmarks/tune.py.
 
 Sizes that were measured are those of π0.5. Rows vary at run time, with cameras and the prompt: the
-entry with the nearest number of rows serves. Everything else falls back to a kernel's own default.
+entry with the nearest number of rows serves, if that is within a factor of eight. Everything else
+falls back to a kernel's own default.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from halfpi.kernels.spec import Case, Device
 
 # Sizes that decide between entries; all but these must be the same.
 _ROWS = ("b", "m", "s", "t")
+_FARTHEST = 3  # octaves: the expert's 50 queries want other launches than the prefix's 968
 _KEPT = (*_ROWS, "d", "k", "kv", "n", "q", "width")
 
 
@@ -38,15 +40,15 @@ class Entry:
     date: str
 
     def distance(self, kernel: str, case: Case) -> float:
-        """How far `case` is in rows, in octaves; infinite if anything else differs."""
+        """How far `case` is in rows, in octaves; infinite if too far or if more differs."""
         dtypes = (str(case.dtype), str(case.out_dtype))
         if (self.kernel, self.dtype, self.out_dtype) != (kernel, *dtypes):
             return math.inf
         same = all(case.sizes[name] == self.sizes[name] for name in self.sizes if name not in _ROWS)
-        rows = (
+        rows = [
             abs(math.log2(case[name] / self.sizes[name])) for name in self.sizes if name in _ROWS
-        )
-        return sum(rows) if same else math.inf
+        ]
+        return sum(rows) if same and max(rows, default=0) <= _FARTHEST else math.inf
 
 
 def kept_sizes(case: Case) -> dict[str, int]:

@@ -41,7 +41,7 @@ Successes = Mapping[str, Sequence[Mapping[str, Any]]]
 RESULTS = Path("benchmarks/results")
 SUCCESSES = Path("benchmarks/success")
 RUNS = Path("benchmarks/runs")
-_MODEL = standard_case().model
+_FULL_SIZE = set(PRESETS).difference(["nano"])
 _MARKER = re.compile(r"^<!-- (?P<end>/?)table:(?P<name>[\w-]+) -->$", re.MULTILINE)
 # Fields of a case → column.
 _CASE = {
@@ -137,7 +137,7 @@ def _floors(_: Sequence[Record]) -> str:
 
 def _stages(records: Sequence[Record]) -> str:
     """Our times of the stages of π0.5."""
-    return _own(record for record in records if record.case.get("model") == _MODEL)
+    return _own(record for record in records if record.case.get("model") in _FULL_SIZE)
 
 
 def _nano(records: Sequence[Record]) -> str:
@@ -228,7 +228,7 @@ def _success(settings: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _summarised(summary: Callable[[Sequence[Record]], Summary], records: Sequence[Record]) -> str:
-    return _table(*summary([each for each in records if each.case.get("model") == _MODEL]))
+    return _table(*summary([each for each in records if each.case.get("model") in _FULL_SIZE]))
 
 
 TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {
