@@ -75,12 +75,13 @@ class TritonEngine:
         if inputs is not None:
             places, tokens = self._check(inputs, kept)
             self._prefix_ready = False
+            # First, so that the device has work while the host fills in the rest.
+            self._encode(inputs.images, places, kept)
+            watch.lap("vision_ms")
             self._set_prompt(tokens, len(places))
         self._set_actions(noise, num_steps, given, guidance)
         self.plan.staging.upload()
         if inputs is not None:
-            self._encode(inputs.images, places, kept)
-            watch.lap("vision_ms")
             self._prefill_replay(int(self.plan.staging.host["prefix_count"]))()
             self._prefix_ready = True
             watch.lap("prefill_ms")
