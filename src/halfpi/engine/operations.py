@@ -44,7 +44,7 @@ class Operations:
 
     def resize(self, images: Tensor, out: Tensor, rows: Taps, columns: Taps) -> None:
         """`images` (n, h, w, 3) into the middle of squares."""
-        resize(images, out, rows, columns, self._launches.row(out.shape[1]))
+        resize(images, out, rows, columns, self._launches.row(out[0, 0].numel()))
 
     def patchify(self, images: Tensor, patch: int, out: Tensor) -> None:
         """Rows of patches of `images` (n, h, w, c)."""
