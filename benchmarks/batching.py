@@ -9,8 +9,6 @@ line for each size, then one JSON line, which is also appended to FILE.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from halfpi.batching import Call, infer_many
-from halfpi.perf.environment import environment
+from halfpi.perf.runs import keep_run, place_of_run
 from halfpi.policy import load_policy
 from halfpi.types import Observation
 
@@ -40,25 +38,15 @@ def main() -> None:
     }
     for size, ms in each_ms.items():
         print(f"{size:>2} in a pass: {ms['p50']:.1f} ms each (least {ms['least']:.1f})")
-    place = environment(torch.device("cpu"))
     record = {
         "benchmark": "batching",
-        "commit": place.commit,
-        "dirty": place.dirty,
-        "device": place.device,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
+        **place_of_run(torch.device("cpu")),
         "policy": args.checkpoint,
         "threads": args.threads,
         "rounds": args.rounds,
         "each_ms": each_ms,
     }
-    line = json.dumps(record, default=float)
-    print(line)
-    if args.record is not None:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        with args.record.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    print(keep_run(record, args.record))
 
 
 def _measure(checkpoint: str, rounds: int) -> dict[int, list[float]]:

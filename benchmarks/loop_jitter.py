@@ -12,7 +12,6 @@ cores have other work, ask for a real-time priority.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -26,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from halfpi.model import Guidance
+from halfpi.perf.runs import keep_run
 from halfpi.runtime import Asynchronous, ControlLoop, LoopReport, RealClock, save_run
 from halfpi.types import ActionChunk, Observation
 
@@ -114,12 +114,7 @@ def main() -> int:
         f"(p50 {result['tick_error_p50_ms']:.2f}, max {result['tick_error_max_ms']:.2f}), "
         f"{result['missed_ticks']} missed ticks, {invisible} invisible stalls"
     )
-    line = json.dumps(record)
-    print(line)
-    if args.record is not None:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        with args.record.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    print(keep_run(record, args.record))
     reached = result["tick_error_p99_ms"] <= GOAL_MS and not result["missed_ticks"]
     return int(not reached or invisible > 0)
 

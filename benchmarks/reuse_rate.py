@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import torch
 from halfpi.config import PRESETS
 from halfpi.perf.cases import standard_case
 from halfpi.perf.engines import engine_config, make_subject
-from halfpi.perf.environment import environment
+from halfpi.perf.runs import keep_run, place_of_run
 from halfpi.perf.synthetic import random_model, random_observations, random_policy
 from halfpi.runtime import ReuseConfig, ReusingPolicy
 
@@ -46,26 +44,16 @@ def main() -> None:
     }
     for calls, rate in rates.items():
         print(f"{calls} calls a prefix: {rate:.0f} actions/s, {rate / rates['1']:.2f} ×")
-    place = environment(device)
     record = {
         "benchmark": "reuse-rate",
-        "commit": place.commit,
-        "dirty": place.dirty,
-        "device": place.device,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
+        **place_of_run(device),
         "precision": args.precision,
         "steps": args.steps,
         "executed": args.executed,
         "rounds": args.rounds,
         "actions_per_second": rates,
     }
-    line = json.dumps(record)
-    print(line)
-    if args.record is not None:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        with args.record.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    print(keep_run(record, args.record))
 
 
 def _measure(

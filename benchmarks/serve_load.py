@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +33,7 @@ from websockets.sync.client import connect as connect_in_thread
 
 from halfpi.config import Pi05Config, ProcessingConfig
 from halfpi.engine import EagerEngine
-from halfpi.perf.environment import environment
+from halfpi.perf.runs import keep_run, place_of_run
 from halfpi.policy import Policy, load_policy
 from halfpi.processing import Processor
 from halfpi.processing.pipeline import ModelInputs
@@ -113,14 +111,9 @@ def main() -> int:
     lost = [robot.lost for robot in robots if robot.lost]
     starved = sum(bool(count < np.median(counts) / 2) for count in counts)
     everyone = [ms for robot in robots for ms in robot.round_trips_ms]
-    place = environment(torch.device("cpu"))
     record = {
         "benchmark": "serve-load",
-        "commit": place.commit,
-        "dirty": place.dirty,
-        "device": place.device,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
+        **place_of_run(torch.device("cpu")),
         "policy": args.checkpoint or f"sleeps {args.infer_ms:g} ms",
         "max_batch": args.max_batch if args.checkpoint else 1,
         "batch_wait_ms": args.batch_wait_ms,
@@ -133,16 +126,11 @@ def main() -> int:
         "disconnected": len(lost),
         "server_rss_mib": {"half_time": memory[0] / 2**20, "end": memory[1] / 2**20},
     }
-    line = json.dumps(record, default=float)
     print(f"overhead of a call: p50 {record['overhead_ms']['p50']:.2f} ms over {len(overhead)}")
     print(f"{args.clients} clients: {min(counts)} to {max(counts)} replies each, {starved} starved")
     print(f"lost connections: {len(lost)} {sorted(set(lost))}")
     print(f"memory: {memory[0] / 2**20:.1f} MiB at half time, {memory[1] / 2**20:.1f} at the end")
-    print(line)
-    if args.record:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        with args.record.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    print(keep_run(record, args.record))
     return int(bool(lost or starved))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from halfpi.perf.cases import standard_case
 from halfpi.perf.records import Percentiles, Record, append_record
 from halfpi.perf.run_tables import read_runs
+from halfpi.perf.runs import keep_run
 from halfpi.perf.tables import TABLES, TableError, main, render, stale_documents
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,7 @@ def test_runs_of_the_loop_and_the_server(tmp_path: Path) -> None:
         "loop-jitter": jitter, "serve-load": load, "batching": batching, "reuse-rate": reuse,
     }  # fmt: skip
     for name, record in every.items():
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+        keep_run(record, tmp_path / f"{name}.jsonl")
     runs = read_runs(tmp_path)
     shown = render("".join(map(between, every)), [], None, runs)
     assert "| 1.3 | – | 60 | 0.10 | 1.50 | 3.25 | 0 | 7/8 | 12 | 0123456* |" in shown

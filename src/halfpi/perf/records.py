@@ -113,15 +113,19 @@ def record_from_json(line: str) -> Record:
 def append_record(record: Record, results: Path) -> Path:
     """Append `record` to results/<device>/<benchmark>.jsonl, and return that file."""
     path = results / slug(record.device) / f"{slug(record.benchmark)}.jsonl"
+    append_line(path, record.to_json())
+    return path
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append `line` to the file at `path`, which is made if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (record.to_json() + "\n").encode()
     # One write to a file opened for appending: two benchmarks at once cannot mix their lines.
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(file, line)
+        os.write(file, f"{line}\n".encode())
     finally:
         os.close(file)
-    return path
 
 
 def read_records(results: Path) -> list[Record]:
