@@ -18,7 +18,7 @@ from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint
 from halfpi.config import Backend, EngineConfig, Precision
 from halfpi.engine import Engine, make_engine
 from halfpi.model import Guidance
-from halfpi.processing.pipeline import Processor
+from halfpi.processing.pipeline import ModelInputs, Processor
 from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
 from halfpi.quant import load_scales
 from halfpi.types import ActionChunk, Keep, Observation
@@ -92,11 +92,7 @@ class Policy:
         """
         began = time.perf_counter()
         kept = self._places(keep.cameras)
-        inputs = (
-            None
-            if keep.prefix
-            else self.processor.inputs(observation, resize=not self.engine.resizes)
-        )
+        inputs = None if keep.prefix else self._inputs(observation)
         with_ = self.arguments(noise, given, guidance, num_steps)
         processing_ms = (time.perf_counter() - began) * 1000
         normalized, times = self.engine.run(
@@ -154,6 +150,11 @@ class Policy:
                 )
             if not values.isfinite().all():
                 raise ValueError(f"the guidance's {name} must be finite, got NaN or infinity")
+
+    def _inputs(self, observation: Observation) -> ModelInputs:
+        if self.engine.defers:
+            return self.processor.deferred_inputs(observation)
+        return self.processor.inputs(observation)
 
     def _noise(self, noise: NDArray[np.float32] | None) -> torch.Tensor:
         if noise is None:

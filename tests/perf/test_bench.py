@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 class GraphStandIn:
     """What a captured engine looks like: stages that note that they were replayed."""
 
-    resizes = False
+    defers = False
 
     def __init__(self, model: Pi05) -> None:
         self.eager = EagerEngine(model)

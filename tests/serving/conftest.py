@@ -69,7 +69,7 @@ class ByteTokenizer:
 class StubEngine:
     """Takes no time; all its actions have the value that `act` returns."""
 
-    resizes = False
+    defers = False
 
     def __init__(self, act: Callable[[ModelInputs], float], horizon: int) -> None:
         self.act = act

@@ -23,7 +23,7 @@ class EagerEngine:
     remembers each camera's image tokens and the prefix, for calls that keep them.
     """
 
-    resizes = False
+    defers = False
 
     def __init__(self, model: Pi05, compiled: Callable[[Any], Any] = lambda stage: stage) -> None:
         """`compiled` makes a faster function of each stage, such as `torch.compile`."""

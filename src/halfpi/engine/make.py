@@ -24,7 +24,7 @@ class Engine(Protocol):
 
     config: Pi05Config
     device: torch.device
-    resizes: bool  # whether images may be `Pictures`
+    defers: bool  # whether inputs may be `DeferredInputs`
 
     def run(
         self,

@@ -16,12 +16,19 @@ T = TypeVar("T")
 class Stopwatch:
     """Laps on the device's clock: events in the stream, which nothing waits for until the end.
 
-    On a CPU, where work is done when a call returns, it is the host's clock.
+    On a CPU, where work is done when a call returns, it is the host's clock. To be started anew for
+    each call: events are made once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._laps: list[tuple[str, object]] = [("", self._stamp())]
+        self._events: list[torch.cuda.Event] = []
+        self._laps: list[tuple[str, object]] = []
+
+    def start(self) -> None:
+        """Begin the first stage."""
+        self._laps = []
+        self.lap("")
 
     def lap(self, name: str) -> None:
         """End the stage `name`, a field of `StageTimes`."""
@@ -41,7 +48,9 @@ class Stopwatch:
     def _stamp(self) -> object:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        if len(self._events) == len(self._laps):
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        event = self._events[len(self._laps)]
         event.record()
         return event
 

@@ -31,7 +31,7 @@ class TritonEngine:
     Raises ValueError when the model, the device or the scales do not go with `engine`.
     """
 
-    resizes = True
+    defers = True
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class TritonEngine:
         self._result = torch.zeros(
             self.config.horizon, self.config.action_dim, pin_memory=device.type == "cuda"
         )
+        self._watch = Stopwatch(self.device)
         self.forget()
 
     def forget(self) -> None:
@@ -64,21 +65,25 @@ class TritonEngine:
         guidance: Guidance | None = None,
         kept: Collection[int] = (),
     ) -> tuple[Tensor, StageTimes]:
-        """As `EagerEngine.run`. Raises ValueError, too, for more than was planned."""
+        """As `EagerEngine.run`. Raises ValueError, too, for more than was planned.
+
+        A call whose prompt is at fault has forgotten what others left to keep.
+        """
         if num_steps not in self.plan.denoise:
             planned = ", ".join(map(str, self.plan.denoise))
             raise ValueError(f"the engine is planned for {planned} Euler steps, got {num_steps}")
         if inputs is None and not self._prefix_ready:
             raise ValueError("there is no prefix to keep: no call came before this one")
         self._check_actions(noise, given)
-        watch = Stopwatch(self.device)
+        watch = self._watch
+        watch.start()
         if inputs is not None:
-            places, tokens = self._check(inputs, kept)
+            places = self._check_cameras(inputs, kept)
             self._prefix_ready = False
             # First, so that the device has work while the host fills in the rest.
             self._encode(inputs.images, places, kept)
             watch.lap("vision_ms")
-            self._set_prompt(tokens, len(places))
+            self._set_prompt(inputs, len(places))
         self._set_actions(noise, num_steps, given, guidance)
         self.plan.staging.upload()
         if inputs is not None:
@@ -104,10 +109,8 @@ class TritonEngine:
     def _prefill_replay(self, count: int) -> Callable[[], None]:
         return next(replay for rows, replay in self.plan.prefill.items() if rows >= count)
 
-    def _check(
-        self, inputs: ModelInputs, kept: Collection[int]
-    ) -> tuple[list[int], NDArray[np.int64]]:
-        """The places of the cameras that are there, and the prompt's tokens without padding."""
+    def _check_cameras(self, inputs: ModelInputs, kept: Collection[int]) -> list[int]:
+        """The places of the cameras that are there."""
         self._check_images(inputs.images)
         engine = self.engine_config
         # NumPy, whose operations on so little take a fraction of torch's time.
@@ -116,19 +119,21 @@ class TritonEngine:
             raise ValueError(
                 f"the engine is planned for {engine.max_cameras} cameras, got {len(places)}"
             )
-        tokens = inputs.tokens.numpy()[inputs.token_mask.numpy()]
-        if len(tokens) > engine.max_prompt_tokens:
-            raise ValueError(
-                f"the engine is planned for {engine.max_prompt_tokens} prompt tokens, "
-                f"got {len(tokens)}"
-            )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise ValueError(f"tokens must be in [0, {self.config.vocab_size})")
-        if not places and not len(tokens):
-            raise ValueError("the inputs have neither an image nor a token")
         for place in set(places).intersection(kept).difference(self._blocks):
             raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
-        return places, tokens
+        return places
+
+    def _prompt_tokens(self, inputs: ModelInputs, cameras: int) -> NDArray[np.int64]:
+        """The prompt's tokens without padding."""
+        tokens: NDArray[np.int64] = inputs.tokens.numpy()[inputs.token_mask.numpy()]
+        most, vocabulary = self.engine_config.max_prompt_tokens, self.config.vocab_size
+        if len(tokens) > most:
+            raise ValueError(f"the engine is planned for {most} prompt tokens, got {len(tokens)}")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise ValueError(f"tokens must be in [0, {vocabulary})")
+        if not cameras and not len(tokens):
+            raise ValueError("the inputs have neither an image nor a token")
+        return tokens
 
     def _check_images(self, images: Tensor | Pictures) -> None:
         size = self.config.image_size
@@ -156,7 +161,12 @@ class TritonEngine:
         if given is not None and (given.ndim != 2 or len(given) > h or given.shape[1] != a):
             raise ValueError(f"given must have shape (0 to {h}, {a}), got {tuple(given.shape)}")
 
-    def _set_prompt(self, tokens: NDArray[np.int64], cameras: int) -> None:
+    def _set_prompt(self, inputs: ModelInputs, cameras: int) -> None:
+        try:
+            tokens = self._prompt_tokens(inputs, cameras)
+        except Exception:
+            self.forget()  # the cameras that the call began to encode belong to nothing
+            raise
         host = self.plan.staging.host
         images = cameras * self.config.tokens_per_image
         host["tokens"].numpy()[: len(tokens)] = tokens

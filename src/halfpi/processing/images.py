@@ -138,7 +138,7 @@ def _present(images: Mapping[str, object], cameras: Sequence[str]) -> list[str]:
 
 
 def _mask(images: Mapping[str, object], cameras: Sequence[str]) -> Tensor:
-    return torch.tensor([[camera in images for camera in cameras]])
+    return torch.from_numpy(np.array([[camera in images for camera in cameras]]))
 
 
 def _fitted(camera: str, pixels: NDArray[Any], size: int) -> tuple[int, int]:
@@ -174,14 +174,15 @@ def _checked(camera: str, image: NDArray[Any]) -> NDArray[Any]:
             f"camera {camera}: expected an image (height, width, 3) or (3, height, width), "
             f"got shape {np.shape(image)}"
         )
-    if np.issubdtype(pixels.dtype, np.floating):
-        low, high = pixels.min(), pixels.max()
-        if not (low >= 0 and high <= 1):  # written so that NaN fails
-            raise ValueError(
-                f"camera {camera}: a float image must be in [0, 1], got values from {low} to {high}"
-            )
-    elif pixels.dtype != np.uint8:
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if not np.issubdtype(pixels.dtype, np.floating):
         raise ValueError(f"camera {camera}: expected uint8 or float pixels, got {pixels.dtype}")
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 1):  # written so that NaN fails
+        raise ValueError(
+            f"camera {camera}: a float image must be in [0, 1], got values from {low} to {high}"
+        )
     return np.ascontiguousarray(pixels)
 
 

@@ -8,8 +8,9 @@ not normalised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -48,6 +49,37 @@ class ModelInputs:
         return self.images
 
 
+class DeferredInputs(ModelInputs):
+    """`ModelInputs` whose prompt is read, and its errors raised, when it is first asked for.
+
+    So the images can be under way to the device while the host tokenises.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Pictures,
+        image_mask: Tensor,
+        read_prompt: Callable[[], tuple[Tensor, Tensor]],
+    ) -> None:
+        """read_prompt: gives `tokens` and `token_mask`."""
+        vars(self).update(images=images, image_mask=image_mask, _read_prompt=read_prompt)
+
+    @cached_property
+    def _prompt(self) -> tuple[Tensor, Tensor]:
+        read: Callable[[], tuple[Tensor, Tensor]] = vars(self)["_read_prompt"]
+        return read()
+
+    @property
+    def tokens(self) -> Tensor:
+        """As in `ModelInputs`."""
+        return self._prompt[0]
+
+    @property
+    def token_mask(self) -> Tensor:
+        """As in `ModelInputs`."""
+        return self._prompt[1]
+
+
 class Processor:
     """Everything between a robot and the model, as `config` sets it; stateless.
 
@@ -63,22 +95,32 @@ class Processor:
         self._robot = ROBOTS[config.robot]
         self.state_normalizer, self.action_normalizer = _normalizers(config)
 
-    def inputs(self, observation: Observation, *, resize: bool = True) -> ModelInputs:
-        """The model's tensors.
-
-        resize: False leaves resizing by the rule "pil" to the engine. Images may also be float in
-        [0, 1] or (3, height, width).
+    def inputs(self, observation: Observation) -> ModelInputs:
+        """The model's tensors. Images may also be float in [0, 1] or (3, height, width).
 
         Raises ValueError naming the camera, the state or the prompt that is at fault,
         PromptTooLongError when the prompt does not fit.
         """
+        return ModelInputs(*self._prepared(observation), *self._prompt(observation))
+
+    def deferred_inputs(self, observation: Observation) -> DeferredInputs:
+        """As `inputs`, for an engine that begins with the images and resizes by the rule "pil"."""
         config = self.config
         images: Tensor | Pictures
-        given, cameras, size = observation.images, config.cameras, config.image_size
-        if resize or config.resize != "pil":
-            images, image_mask = prepare_images(given, cameras, size, config.resize)
+        if config.resize == "pil":
+            images, mask = pictures(observation.images, config.cameras, config.image_size)
         else:
-            images, image_mask = pictures(given, cameras, size)
+            images, mask = self._prepared(observation)
+        return DeferredInputs(images, mask, lambda: self._prompt(observation))
+
+    def _prepared(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Images of the model's size, and their mask."""
+        config = self.config
+        return prepare_images(observation.images, config.cameras, config.image_size, config.resize)
+
+    def _prompt(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Tokens and their mask."""
+        config = self.config
         state = self.state_normalizer.normalize(self._model_state(observation))
         tokens, token_mask = encode_prompt(
             self._instruction(observation),
@@ -86,9 +128,7 @@ class Processor:
             self.tokenizer,
             config.max_prompt_tokens,
         )
-        return ModelInputs(
-            images, image_mask, torch.from_numpy(tokens)[None], torch.from_numpy(token_mask)[None]
-        )
+        return torch.from_numpy(tokens)[None], torch.from_numpy(token_mask)[None]
 
     def outputs(
         self, normalized: NDArray[np.float32], observation: Observation

@@ -5,11 +5,11 @@ scale because they are packed into one matrix. Its input is what the linear laye
 model read, so a norm's weight is already in it; whoever folds that weight into the matrix instead
 changes both scales.
 
-Quantised are the MLPs of SigLIP and of the prefix, which are nearly all of their work, and the
-whole expert, where every byte of weights counts. Their attention projections stay 16-bit: they cost
-little, and in E4M3 too they would take the actions of a random full-size model below a cosine of
-0.999. So do the patch embedding, projector and action projections, and the time MLP and
-modulations, which a schedule needs once.
+Quantised are the MLPs of SigLIP and of the prefix, which are nearly all of their work, q, k and v
+of SigLIP, and the whole expert, where every byte of weights counts. The other attention projections
+stay 16-bit: they cost little, and in E4M3 too they would take the actions of a random full-size
+model below a cosine of 0.999. So do the patch embedding, projector and action projections, and the
+time MLP and modulations, which a schedule needs once.
 """
 
 from __future__ import annotations
@@ -66,9 +66,12 @@ def matrix_products(config: Pi05Config) -> tuple[Site, ...]:
 
 def quantised_sites(config: Pi05Config) -> tuple[Site, ...]:
     """The products that FP8 hybrid precision quantises, in the order in which a model runs them."""
-    return tuple(
-        site for site in matrix_products(config) if site.stage == "denoise" or ".mlp." in site.name
-    )
+    return tuple(site for site in matrix_products(config) if _is_quantised(site))
+
+
+def _is_quantised(site: Site) -> bool:
+    queries = site.stage == "vision" and site.name.endswith(".attn.qkv")
+    return site.stage == "denoise" or ".mlp." in site.name or queries
 
 
 def _sites(
