@@ -18,12 +18,13 @@ import pytest
 import torch
 from tests.conftest import TINY
 from tests.engine.conftest import inputs_with, noise, random_model
+from torch import Tensor
 
 from halfpi.config import EngineConfig
 from halfpi.engine import EagerEngine, Engine
 from halfpi.model import Guidance
 from halfpi.processing.images import pictures, prepare_images
-from halfpi.processing.pipeline import ModelInputs
+from halfpi.processing.pipeline import DeferredInputs, ModelInputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -105,6 +106,17 @@ def check_refusals(engine: object) -> None:
         run(good, noise(), 2, kept=[1])
     after, _ = run(good, noise(), 1)
     assert torch.equal(before, after)
+
+    def unreadable() -> tuple[Tensor, Tensor]:
+        raise ValueError("no such prompt")
+
+    # The cameras that such a call began to encode are nothing to keep.
+    with pytest.raises(ValueError, match="no such prompt"):
+        run(DeferredInputs(good.images, good.image_mask, unreadable), noise(), 2)
+    with pytest.raises(ValueError, match="camera 1 has no image tokens to keep"):
+        run(good, noise(), 2, kept=[1])
+    read = DeferredInputs(good.images, good.image_mask, lambda: (good.tokens, good.token_mask))
+    assert torch.equal(before, run(read, noise(), 1)[0])
 
 
 def test_the_planned_engine_equals_the_eager_one() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig
+from halfpi.config import FeatureStats, Pi05Config, ProcessingConfig, ResizeRule
 from halfpi.model import Pi05
 from halfpi.processing import Processor, PromptTooLongError, Tokenizer, load_tokenizer
 from halfpi.processing.images import to_model
@@ -46,6 +46,29 @@ def test_inputs(table_tokenizer: Tokenizer, gemma_ids: dict[str, list[int]]) -> 
     assert inputs.tokens.dtype == torch.int64
     assert inputs.token_mask.dtype == torch.bool
     assert inputs.tokens[inputs.token_mask].tolist() == [2, *gemma_ids[PROMPT]]
+
+
+@pytest.mark.parametrize("resize", ["pil", "interpolate"])
+def test_deferred_inputs_are_the_inputs(table_tokenizer: Tokenizer, resize: ResizeRule) -> None:
+    processor = Processor(dataclasses.replace(LIBERO, resize=resize), 32, table_tokenizer)
+    deferred, inputs = processor.deferred_inputs(observation()), processor.inputs(observation())
+    assert torch.equal(deferred.image_mask, inputs.image_mask)
+    assert torch.equal(deferred.tokens, inputs.tokens)
+    assert torch.equal(deferred.token_mask, inputs.token_mask)
+    if resize == "pil":  # as they came: the engine resizes
+        came = observation().images
+        assert deferred.images[2] is None
+        for picture, name in zip(deferred.images[:2], LIBERO.cameras[:2], strict=True):
+            assert np.array_equal(picture, came[name])
+    else:
+        assert torch.equal(deferred.prepared, inputs.prepared)
+
+
+def test_a_deferred_prompt_is_at_fault_when_it_is_read(table_tokenizer: Tokenizer) -> None:
+    deferred = Processor(LIBERO, 32, table_tokenizer).deferred_inputs(observation(prompt=" "))
+    assert deferred.image_mask.any()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        _ = deferred.tokens
 
 
 def test_state_is_left_out_of_the_prompt(table_tokenizer: Tokenizer) -> None:

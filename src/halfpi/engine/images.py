@@ -73,23 +73,22 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class _Room:
-    """Images on the host, pinned for a GPU, and on the device, each (n, …)."""
+    """Images on the device (n, …), and each of them there and on the host, pinned for a GPU."""
 
-    host: Tensor
     device: Tensor
+    places: tuple[tuple[Tensor, Tensor], ...]
 
     @staticmethod
     def beside(device: Tensor) -> _Room:
         host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
-        return _Room(host, device)
+        return _Room(device, tuple(zip(host, device, strict=True)))
 
     def fill(self, images: Mapping[int, Any]) -> None:
-        """Bring each image, a NumPy array, to its place."""
-        for place, image in images.items():  # NumPy's copy starts no threads
-            self.host.numpy()[place] = image
-        for first, count in runs(list(images)):
-            blocks = slice(first, first + count)
-            self.device[blocks].copy_(self.host[blocks], non_blocking=True)
+        """Bring each image, a NumPy array, to its place, one while the next is being read."""
+        for place, image in images.items():
+            host, device = self.places[place]
+            host.numpy()[:] = image  # NumPy's copy starts no threads
+            device.copy_(host, non_blocking=True)
 
 
 @dataclass(frozen=True)
