@@ -122,7 +122,7 @@ def test_frames_that_disagree_are_warned_about_by_site(
 ) -> None:
     down = model.get_submodule("prefix.layers.1.mlp.down")
     infer = amplified(policy.infer, down, (1.0, 1.0, 6.0))
-    with pytest.warns(DispersionWarning, match=r"of 20 sites .*: prefix\.layers\.1\.mlp\.down ×6"):
+    with pytest.warns(DispersionWarning, match=r"of 22 sites .*: prefix\.layers\.1\.mlp\.down ×6"):
         calibrate(model, infer, observations[:1] * 3)
 
 
