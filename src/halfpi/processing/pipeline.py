@@ -55,6 +55,8 @@ class DeferredInputs(ModelInputs):
     So the images can be under way to the device while the host tokenises.
     """
 
+    _read_prompt: Callable[[], tuple[Tensor, Tensor]]
+
     def __init__(
         self,
         images: Tensor | Pictures,
@@ -66,8 +68,7 @@ class DeferredInputs(ModelInputs):
 
     @cached_property
     def _prompt(self) -> tuple[Tensor, Tensor]:
-        read: Callable[[], tuple[Tensor, Tensor]] = vars(self)["_read_prompt"]
-        return read()
+        return self._read_prompt()
 
     @property
     def tokens(self) -> Tensor:
