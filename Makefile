@@ -12,8 +12,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 demo: $(READY)
 	$(BIN)/halfpi demo
 
+# A process for each core, with one thread: most of the work is interpreted kernels and compilers.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # With the real LeRobot: Python 3.12, and five gigabytes the first time.
 test-lerobot: .venv-lerobot/.ready

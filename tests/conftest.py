@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
@@ -48,15 +49,16 @@ def openpi_python() -> str:
     """
     venv = Path(__file__).parents[1] / ".venv-openpi-client"
     python, ready = venv / "bin" / "python", venv / ".ready"
-    if not ready.exists() or ready.read_text() != " ".join(OPENPI):
-        try:
-            subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", *OPENPI]
-            subprocess.run(install, check=True, timeout=300)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            shutil.rmtree(venv, ignore_errors=True)
-            pytest.skip(f"openpi-client cannot be installed: {error}")
-        ready.write_text(" ".join(OPENPI))
+    with FileLock(f"{venv}.lock"):  # tests run in several processes
+        if not ready.exists() or ready.read_text() != " ".join(OPENPI):
+            try:
+                subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+                install = [str(python), "-m", "pip", "install", "--quiet", *OPENPI]
+                subprocess.run(install, check=True, timeout=300)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                shutil.rmtree(venv, ignore_errors=True)
+                pytest.skip(f"openpi-client cannot be installed: {error}")
+            ready.write_text(" ".join(OPENPI))
     return str(python)
 
 

@@ -50,7 +50,7 @@ def test_the_standard_case_has_floors_targets_and_everybody_in_order() -> None:
     summary = standard(records)
     names = ["floor", "target (H200)"] * 2 + ["**halfpi, triton**", "peer"]
     assert column(summary, "") == names
-    assert column(summary, "total ms")[1:] == ["11.50", "4.65", "7.80", "7.50", "17.06"]
+    assert column(summary, "total ms")[1:] == ["11.50", "4.54", "7.80", "7.50", "17.06"]
     assert column(summary, "vision ms")[-2:] == ["1.00", ""]
     assert standard([peer]).rows == []
 

@@ -150,14 +150,14 @@ def test_the_number_of_steps_must_not_change(
 def test_the_whole_model_must_run(
     model: Pi05, policy: Policy, observations: list[Observation]
 ) -> None:
-    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.mlp\.fc1 0 times"):
+    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.attn\.qkv 0 times"):
         calibrate(model, lambda _: None, observations)
 
     def infer_twice(observation: Observation) -> None:
         policy.infer(observation)
         policy.infer(observation)
 
-    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.mlp\.fc1 2 times"):
+    with pytest.raises(ValueError, match=r"in frame 0 it ran vision\.layers\.0\.attn\.qkv 2 times"):
         calibrate(model, infer_twice, observations)
 
 

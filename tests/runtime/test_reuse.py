@@ -30,6 +30,9 @@ from halfpi.runtime import (
 from halfpi.types import Keep, Observation
 
 CAMERAS = ("scene", "wrist")
+# Between a camera encoded alone and both together, whose products are summed in another order. One
+# grey level more in a picture's corner moves the actions a hundred times as far.
+ROUNDING = 1e-4
 PICTURE = np.random.default_rng(7).integers(0, 256, (40, 56, 3), np.uint8)
 
 
@@ -100,7 +103,7 @@ def test_a_camera_that_has_not_changed_gives_what_encoding_it_again_gives(policy
     infer(reusing, observation())
     seen = observation(wrist=90, state=0.4)
     hit = infer(reusing, seen)
-    np.testing.assert_allclose(hit, infer(policy, seen), atol=2e-6)
+    np.testing.assert_allclose(hit, infer(policy, seen), atol=ROUNDING)
     report = reusing.reports["camera scene"]
     assert (report.hits, report.misses, report.age) == (1, 1, 1)
     assert set(reusing.reports) == {"camera scene"}
@@ -110,7 +113,7 @@ def test_a_kept_camera_is_not_looked_at(policy: Policy) -> None:
     reusing = ReusingPolicy(policy, ReuseConfig(camera_change=0.2, always_encode=("wrist",)))
     infer(reusing, observation())
     kept = infer(reusing, observation(scene=40, wrist=90))  # a change of 40 / 255
-    np.testing.assert_allclose(kept, infer(policy, observation(wrist=90)), atol=2e-6)
+    np.testing.assert_allclose(kept, infer(policy, observation(wrist=90)), atol=ROUNDING)
 
 
 def test_change_is_counted_from_what_was_encoded_not_from_the_last_picture(policy: Policy) -> None:
@@ -126,7 +129,7 @@ def test_the_wrist_camera_is_always_encoded(policy: Policy) -> None:
     reusing = ReusingPolicy(policy, ReuseConfig(camera_change=1.0, always_encode=("wrist",)))
     infer(reusing, observation())
     fresh = infer(reusing, observation(scene=120, wrist=120))
-    np.testing.assert_allclose(fresh, infer(policy, observation(wrist=120)), atol=2e-6)
+    np.testing.assert_allclose(fresh, infer(policy, observation(wrist=120)), atol=ROUNDING)
 
 
 def test_image_tokens_age_no_further_than_allowed(policy: Policy) -> None:
@@ -153,7 +156,7 @@ def test_a_camera_may_come_and_go(policy: Policy) -> None:
     alone = Observation({"wrist": both.images["wrist"]}, both.state, both.prompt)
     infer(reusing, both)
     np.testing.assert_array_equal(infer(reusing, alone), infer(policy, alone))
-    np.testing.assert_allclose(infer(reusing, both), infer(policy, both), atol=2e-6)
+    np.testing.assert_allclose(infer(reusing, both), infer(policy, both), atol=ROUNDING)
 
 
 def test_a_prefix_serves_as_many_calls_as_asked(policy: Policy) -> None:
