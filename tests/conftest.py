@@ -41,6 +41,17 @@ TINY = Pi05Config(
 OPENPI = ("openpi-client==0.1.2", "openpi-server==0.1.0", "numpy<2", "typing_extensions")
 
 
+def install_openpi(venv: Path, python: Path) -> None:
+    """Make `venv`, whose interpreter is `python`; skip the test if that cannot be done."""
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *OPENPI]
+        subprocess.run(install, check=True, timeout=300)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        shutil.rmtree(venv, ignore_errors=True)
+        pytest.skip(f"openpi-client cannot be installed: {error}")
+
+
 @pytest.fixture(scope="session")
 def openpi_python() -> str:
     """The interpreter of an environment that has openpi's client and server.
@@ -51,13 +62,7 @@ def openpi_python() -> str:
     python, ready = venv / "bin" / "python", venv / ".ready"
     with FileLock(f"{venv}.lock"):  # tests run in several processes
         if not ready.exists() or ready.read_text() != " ".join(OPENPI):
-            try:
-                subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
-                install = [str(python), "-m", "pip", "install", "--quiet", *OPENPI]
-                subprocess.run(install, check=True, timeout=300)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                shutil.rmtree(venv, ignore_errors=True)
-                pytest.skip(f"openpi-client cannot be installed: {error}")
+            install_openpi(venv, python)
             ready.write_text(" ".join(OPENPI))
     return str(python)
 

@@ -26,7 +26,7 @@ def test_every_linear_of_a_layer_is_in_one_product(
     assert set(listed) == linears - outside - modulations
 
 
-def test_what_stays_wide_belongs_to_the_attentions_of_vision_and_prefix(
+def test_all_products_are_quantised_but_the_prefix_attention_and_the_out_of_vision(
     tiny_config: Pi05Config,
 ) -> None:
     products = matrix_products(tiny_config)
