@@ -51,9 +51,9 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
     for index, layer in enumerate(layers):
         tiles = (
             _qkv_tiles(layer.qkv),
-            _split_tiles(layer.out),
-            layer.gate_up.unflatten(0, (BLOCKS, -1)),
-            _split_tiles(layer.down),
+            _eights(_split_tiles(layer.out)),
+            _eights(layer.gate_up.unflatten(0, (BLOCKS, -1))),
+            _eights(_split_tiles(layer.down)),
         )
         for place, tile in zip(stream[:, index].split(sizes, 1), tiles, strict=True):
             place.copy_(_chunks_first(tile))
@@ -70,6 +70,15 @@ def _split_tiles(weight: Tensor) -> Tensor:
     """`weight` (1024, k) as (blocks, 128, k/8)."""
     tiles: Tensor = weight.unflatten(0, (PEERS, -1)).unflatten(2, (Q_HEADS, -1))
     return tiles.permute(2, 0, 1, 3).flatten(0, 1)
+
+
+def _eights(tiles: Tensor) -> Tensor:
+    """Rows of `tiles` (blocks, 128, k) in another order.
+
+    In a product's result a thread has rows 2c and 2c + 1 of every eight rows, where c is its place
+    among four. Of 32 rows of the result those become rows 8c to 8c + 7 of the matrix.
+    """
+    return tiles.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).flatten(1, 4)
 
 
 def _chunks_first(tiles: Tensor) -> Tensor:

@@ -5,14 +5,14 @@
 
 namespace {
 
-// Scales logits (64 rows, N keys), of which the first `valid` count, and raises `top` to them.
+// Raises `top` to logits (64 rows, N keys), of which the first `valid` count.
 template <int N>
-__device__ __forceinline__ void scale_logits(float (&logits)[N / 2], int lane, int valid,
-                                             float (&top)[2]) {
+__device__ __forceinline__ void find_top(float (&logits)[N / 2], int lane, int valid,
+                                         float (&top)[2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     bool counts = i / 4 * 8 + 2 * (lane % 4) + i % 2 < valid;
-    logits[i] = counts ? logits[i] * LOGIT_SCALE : -infinity();
+    logits[i] = counts ? logits[i] : -infinity();
     top[i / 2 % 2] = fmaxf(top[i / 2 % 2], logits[i]);
   }
 }
@@ -26,7 +26,8 @@ __device__ __forceinline__ void store_weights(const float (&logits)[N / 2], cons
 #pragma unroll
   for (int i = 0; i < N / 2; i += 2) {
     const int r = i / 2 % 2;
-    float even = exp2_fast(logits[i] - base[r]), odd = exp2_fast(logits[i + 1] - base[r]);
+    float even = exp2_fast(logits[i] * LOGIT_SCALE - base[r]);
+    float odd = exp2_fast(logits[i + 1] * LOGIT_SCALE - base[r]);
     total[r] += even + odd;
     store_shared(to + i / 4 * 1024 + r * 128, pack_bf16(even, odd));
   }
@@ -52,22 +53,23 @@ __device__ __forceinline__ float over_quad(float v, bool maximum) {
 }
 
 struct Attention {
-  float average[32] = {};  // of this thread's rows: dimensions 64 · group …
-  float highest[2] = {-infinity(), -infinity()}, total[2] = {0.0f, 0.0f};
+  float average[32];  // of this thread's rows: dimensions 64 · group …
+  float highest[2], total[2];
 
   // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
-  __device__ __forceinline__ void tile(Block& b, const Split& split, int tile, bool last) {
-    float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
-    multiply<Bf16, TILE / GROUPS, TILE, TILE_CHUNKS, 1>(logits, b, KEY_UNITS, QUERIES, 0,
-                                                        TILE / GROUPS * b.group, AllReady());
-    const int first = tile * TILE + TILE / GROUPS * b.group;
-    scale_logits<TILE / GROUPS>(logits, b.lane, split.keys - first, top);
-    // All have their keys and values now, so nobody reads the products that statistics overwrite.
+  template <bool FIRST>
+  __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
+    const Split split(b.rank, b.prefix);
+    float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2];
+    if (FIRST) highest[0] = highest[1] = -infinity(), total[0] = total[1] = 0.0f;
+    top[0] = highest[0], top[1] = highest[1];
+    wide_product<Bf16, KEY_UNITS>(logits, b, QUERIES, AllReady());
+    find_top<TILE / GROUPS>(logits, b.lane, split.keys - tile * TILE - quarter(b), top);
     b.wait_for(RECENT_FULL);
     const bool has_recent = last && b.group == GROUPS - 1;
     if (has_recent) {
       recent_logits(recent, b);
-      scale_logits<RECENT_SLOTS>(recent, b.lane, split.recent, top);
+      find_top<RECENT_SLOTS>(recent, b.lane, split.recent, top);
     }
     top[0] = over_quad(top[0], true), top[1] = over_quad(top[1], true);
     give(b, HIGHEST, top);
@@ -76,13 +78,11 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       for (int g = 0; g < GROUPS; ++g) top[i] = fmaxf(top[i], taken(b, HIGHEST, g, b.row + 8 * i));
-      base[i] = top[i] == -infinity() ? 0.0f : top[i];
-      float shrink = exp2_fast(highest[i] - base[i]);
-      highest[i] = top[i], total[i] *= shrink;
-#pragma unroll
-      for (int j = 0; j < 16; ++j) average[j / 2 * 4 + 2 * i + j % 2] *= shrink;
+      base[i] = top[i] == -infinity() ? 0.0f : top[i] * LOGIT_SCALE;
+      if (!FIRST) shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
+      highest[i] = top[i];
     }
-    store_weights<TILE / GROUPS>(logits, b, TILE / GROUPS / 8 * b.group, base, sum);
+    store_weights<TILE / GROUPS>(logits, b, quarter(b) / 8, base, sum);
     if (has_recent) store_weights<RECENT_SLOTS>(recent, b, TILE / 8, base, sum);
     // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
     if (b.thread < (last ? 64 : 128)) {
@@ -93,10 +93,14 @@ struct Attention {
     give(b, TOTAL, sum);
     fence_async_proxy();
     all_consumers();
-    for (int g = 0; g < GROUPS; ++g) {
-      for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
-    }
-    add_values(b);
+    add_values<FIRST>(b);
+  }
+
+  // For a higher base of the weights of a row.
+  __device__ __forceinline__ void shrink(int row, float by) {
+    total[row] *= by;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) average[j / 2 * 4 + 2 * row + j % 2] *= by;
   }
 
   __device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) const {
@@ -114,7 +118,11 @@ struct Attention {
   }
 
   // Each group has the unit with its dimensions.
+  template <bool FIRST>
   __device__ __forceinline__ void add_values(Block& b) {
+    if (FIRST)
+#pragma unroll
+      for (int i = 0; i < 32; ++i) average[i] = 0.0f;
     static_assert(KEY_UNITS == GROUPS, "a unit each");
     const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
     Cursor unit = b.ring;
@@ -132,6 +140,9 @@ struct Attention {
                         RECENT_SLOTS * 16);
     Bf16::mma_transposed(average, weights.at(TILE / 8 * 1024), recent.at(0));
     wgmma_commit();
+    for (int g = 0; g < GROUPS; ++g) {
+      for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
+    }
     wgmma_wait<0>();
     settle(average);
     b.release(unit.slot, GROUPS);
@@ -145,7 +156,7 @@ struct Attention {
     for (int i = 0; i < 2; ++i) {
       const int row = b.row + 8 * i;
       float inverse = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
-      log_sum[i] = highest[i] + log2_fast(total[i]);
+      log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
       if (row >= ROWS) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -169,55 +180,53 @@ struct Attention {
   }
 };
 
-__device__ __forceinline__ void attend(Block& b, const Split& split) {
+__device__ __forceinline__ void attend(Block& b) {
   Attention attention;
   b.wait_for(QUERIES_FULL);
   const int tiles = key_tiles(b.prefix);
+  attention.tile<true>(b, 0, tiles == 1);
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (tile) all_consumers();  // the weights of the tile before are read
-    attention.tile(b, split, tile, tile == tiles - 1);
+  for (int tile = 1; tile < tiles; ++tile) {
+    all_consumers();  // the weights of the tile before are read
+    attention.tile<false>(b, tile, tile == tiles - 1);
   }
   attention.send(b);
 }
 
-// All splits' averages of eight dimensions of a row, weighted by their sums.
-__device__ __forceinline__ void merge_row(const Block& b, float (&sum)[8], int chunk, int row) {
+// All splits' averages of four dimensions of a row, weighted by their sums.
+__device__ __forceinline__ void merge_row(const Block& b, float (&sum)[4], int column, int row) {
   float weight[PEERS], highest = -infinity(), total = 0.0f;
 #pragma unroll
   for (int s = 0; s < PEERS; ++s) {
     weight[s] = b.floats(LOG_SUMS)[s * 64 + row];
     highest = fmaxf(highest, weight[s]);
   }
+  const u32 from = b.shared + AVERAGES + (column / 8 * ROWS + row) * 16 + column % 8 * 2;
 #pragma unroll
   for (int s = 0; s < PEERS; ++s) {
     float w = exp2_fast(weight[s] - highest);
     total += w;
-    uint4 v = load_shared(b.shared + AVERAGES + s * AVERAGE_PIECE + (chunk * ROWS + row) * 16);
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[2 * i] += w * low_bf16(words[i]);
-      sum[2 * i + 1] += w * high_bf16(words[i]);
-    }
+    const uint2 v = load_shared(from + s * AVERAGE_PIECE);
+    sum[0] += w * low_bf16(v.x), sum[1] += w * high_bf16(v.x);
+    sum[2] += w * low_bf16(v.y), sum[3] += w * high_bf16(v.y);
   }
   const float inverse = reciprocal(total);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i] *= inverse;
+  for (int i = 0; i < 4; ++i) sum[i] *= inverse;
 }
 
 // This block's share of the dimensions, to all peers.
 __device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
-  constexpr int CHUNKS = HEAD / PEERS / 8;
-  const int row = b.thread % 64, chunk = b.thread / 64;
-  if (chunk >= CHUNKS) return;
+  constexpr int COLUMNS = HEAD / PEERS;
+  static_assert(COLUMNS == 8 * GROUPS, "neighbours in a warp have eight columns");
+  const int row = b.thread % 128 / 2, column = 8 * b.group + b.thread % 2 * 4;
+  b.wait_for(AVERAGES_FULL);
   if (row < ROWS) {
-    float sum[8] = {};
-    b.wait_for(AVERAGES_FULL);
-    merge_row(b, sum, chunk, row);
-    store_operand(b, MERGED, CHUNKS * b.rank + chunk, row, sum, inverse_scale);
+    float sum[4] = {};
+    merge_row(b, sum, column, row);
+    store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, inverse_scale);
   }
-  b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL, 64 * CHUNKS);
+  b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL);
 }
 
 }  // namespace

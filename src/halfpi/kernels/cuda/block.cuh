@@ -9,7 +9,7 @@ namespace {
 constexpr int GROUPS = 4, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
 constexpr int THREADS = CONSUMERS + 128;             // the last group copies
 constexpr int ROW_THREADS = WIDTH / 4;               // of a block that has a row of the actions
-constexpr int STORING = 64;                          // threads with keys and values of actions
+constexpr int STORING = 128;                         // threads with keys and values of actions
 
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
 constexpr int UNIT = 16384;
@@ -28,19 +28,19 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory. The area has X; then partial sums of products, one row after another with a stride
-// that spreads over the banks, and what attention needs, or hidden activations. Peers push queries
-// and hidden activations to where X was, once this block has told that it is done with it.
-constexpr int AREA = 0, STRIDE = TILE + 8, PARTIALS = AREA;
-constexpr int WEIGHTS = AREA, STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
-constexpr int STAGED = STATISTICS + 3 * GROUPS * 64 * 4;
-constexpr int QUERIES = STAGED + ROWS * HEAD * 2, MERGED = QUERIES;  // merged averages come later
+// Shared memory. The area has X; then the parts of products that groups give each other, and what
+// attention needs, or hidden activations. Peers push queries and hidden activations to where X was,
+// once this block has told that it is done with it.
+constexpr int AREA = 0, GIVEN = AREA, QUADS = CONSUMERS * 16;  // a quad: four numbers of a thread
+constexpr int WEIGHTS = AREA, STAGED = WEIGHTS + (TILE + 16) * 64 * 2;
+constexpr int STATISTICS = larger(STAGED + ROWS * HEAD * 2, GIVEN + 4 * QUADS);
+constexpr int QUERIES = larger(STATISTICS + 3 * GROUPS * 64 * 4, GIVEN + QKV_TILE / 8 * QUADS);
+constexpr int MERGED = QUERIES;  // merged averages come later
 constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
 constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-constexpr int HIDDEN = PARTIALS + 2 * ROWS * STRIDE * 4;
+constexpr int HIDDEN = GIVEN + 4 * QUADS;
 constexpr int AREA_BYTES = larger(larger(ROWS * WIDTH * BYTES, RECENT_KEYS + RECENT_BYTES),
                                   HIDDEN + ROWS * MLP / HEADS * BYTES);
-static_assert(PARTIALS + GROUPS * ROWS * QKV_TILE * 4 <= QUERIES, "queries come during the sums");
 constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
@@ -113,6 +113,8 @@ struct Cursor {  // a place in the ring
   }
 };
 
+__device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
+
 struct Block {
   u32 shared;
   char* memory;
@@ -125,6 +127,13 @@ struct Block {
   Cursor ring;                   // the next unit
   int layer = 0;                 // over all steps
 
+  // Begins a phase. Of a value that stays the same the compiler keeps all addresses that follow from
+  // it, over all phases, and they do not fit into the registers.
+  __device__ __forceinline__ void locate() {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    group = uniform(thread / 128), warp = uniform(thread / 32 % 4);
+    lane = thread % 32, row = 16 * warp + lane / 4;
+  }
   __device__ __forceinline__ float* floats(int at) const {
     return reinterpret_cast<float*>(memory + at);
   }
@@ -143,11 +152,11 @@ struct Block {
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
-  // By the first `threads` of the block, which wrote its piece of an operand: it goes to the same
-  // place in all peers. Each copy is started by another warp.
-  __device__ __forceinline__ void share(int piece, u32 bytes, int barrier, int threads) const {
+  // By all that compute, who wrote this block's piece of an operand: it goes to the same place in
+  // all peers. Each copy is started by another warp.
+  __device__ __forceinline__ void share(int piece, u32 bytes, int barrier) const {
     fence_async_proxy();
-    named_barrier(threads == CONSUMERS ? 1 : 2, threads);
+    all_consumers();
     const int peer = 4 * group + warp;
     if (peer >= PEERS || !elected()) return;
     if (peer == rank) {
@@ -159,28 +168,15 @@ struct Block {
   }
 };
 
-__device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
-
-// Eight neighbours as operands.
-__device__ __forceinline__ uint4 pack_eight_bf16(const float (&v)[8]) {
-  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
-                    pack_bf16(v[6], v[7]));
-}
-__device__ __forceinline__ uint2 pack_eight_e4m3(const float (&v)[8], float inverse_scale) {
-  float s[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) s[i] = v[i] * inverse_scale;
-  return make_uint2(pack_e4m3(s[0], s[1], s[2], s[3]), pack_e4m3(s[4], s[5], s[6], s[7]));
-}
-// Columns 8 · eighth … of `row` of an operand in shared memory.
-__device__ __forceinline__ void store_operand(const Block& b, int operand, int eighth, int row,
-                                              const float (&v)[8], float inverse_scale) {
-  const u32 to = b.shared + operand;
+// Columns `column` to `column` + 3 of `row` of an operand in shared memory.
+__device__ __forceinline__ void store_operand(const Block& b, int operand, int row, int column,
+                                              const float (&v)[4], float inverse_scale) {
+  const u32 to = b.shared + operand + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
   if constexpr (FP8) {
-    store_shared(to + (eighth / 2 * ROWS + row) * 16 + eighth % 2 * 8,
-                 pack_eight_e4m3(v, inverse_scale));
+    store_shared(to, pack_e4m3(v[0] * inverse_scale, v[1] * inverse_scale, v[2] * inverse_scale,
+                               v[3] * inverse_scale));
   } else {
-    store_shared(to + (eighth * ROWS + row) * 16, pack_eight_bf16(v));
+    store_shared(to, make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])));
   }
 }
 

@@ -17,7 +17,6 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
   constexpr int HALVES = 2 * DEPTH;
   const int row = b.index;
   const bool has_row = row < ROWS && b.thread < ROW_THREADS, decided = row < *a.decided;
-  const Split split(b.rank, b.prefix);
   float* actions = b.floats(ACTIONS);
   Row x;
   float y[4];
@@ -32,6 +31,7 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
 #pragma unroll 1
     for (int half = 0;; ++half) {
       const bool mlp = half % 2;
+      b.locate();
       Scales scales;
       if (half < HALVES) scales.load(a, step, half);
       if (has_row) {
@@ -41,14 +41,20 @@ __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
         if (half < HALVES) x.publish(b, y, scales.inverse(0));
       }
       if (half == HALVES) break;
+      b.locate();
       if (mlp) {
         geglu(b, scales.alpha(0), scales.inverse(1));
+        b.locate();
+        project<true>(b, scales.alpha(1));
       } else {
         qkv(b, a, scales.alpha(0));
-        attend(b, split);
+        b.locate();
+        attend(b);
+        b.locate();
         merge(b, scales.inverse(1));
+        b.locate();
+        project<false>(b, scales.alpha(1));
       }
-      project(b, mlp, scales.alpha(1));
       b.layer += mlp;
     }
     if (has_row) x.move(b, a, y, actions, step, row, decided);
@@ -88,11 +94,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   b.index = blockIdx.x;
   b.head = blockIdx.x / PEERS;
   b.rank = cluster_rank();
-  b.thread = threadIdx.x;
-  b.group = uniform(b.thread / 128);
-  b.warp = uniform(b.thread / 32 % 4);
-  b.lane = b.thread % 32;
-  b.row = 16 * b.warp + b.lane / 4;
+  b.locate();
   b.prefix = uniform(*prefix_count);
 
   if (b.thread == 0) init_barriers(b.shared);
