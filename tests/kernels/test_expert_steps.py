@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
-from halfpi.kernels.cuda_source import cubin, ptx
+from halfpi.kernels.cuda_source import cubin, ptx, report
 from halfpi.kernels.expert_steps import (
     SITES,
     ActionWeights,
@@ -57,13 +58,33 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -
         tile = part[block].reshape(-1, rows, 16).view(precision)
         return tile[column // chunk, row, column % chunk]
 
+    def place(row: int) -> int:
+        """Of 32 rows, 8c + 2j and the next lie where a product gives them to the same thread."""
+        block, within = divmod(row, 32)
+        c, j, odd = within // 8, within % 8 // 2, within % 2
+        return 32 * block + 8 * j + 2 * c + odd
+
+    def turned(rank: int, width: int, column: int) -> int:
+        """A unit has 128 bytes of each row; that of the block's own eighth of `width` is first."""
+        unit = 128 // precision.itemsize
+        return (column - rank * width // 8 // unit * unit) % width
+
     for block in (0, 17, 63):
         head, rank = divmod(block, 8)
         assert element(block, qkv, 40, 5, 700) == layer.qkv[32 * block + 5, 700]
         assert element(block, qkv, 40, 37, 700) == layer.qkv[2048 + 8 * block + 5, 700]
-        assert element(block, out, 128, 9, 200) == layer.out[128 * rank + 9, 256 * head + 200]
-        assert element(block, down, 128, 9, 300) == layer.down[128 * rank + 9, 512 * head + 300]
-        assert element(block, wide, 128, 77, 900) == layer.gate_up[128 * block + 77, 900]
+        for row in (9, 77):
+            assert (
+                element(block, out, 128, place(row), turned(rank, 256, 200))
+                == layer.out[128 * rank + row, 256 * head + 200]
+            )
+            assert (
+                element(block, down, 128, place(row), turned(rank, 512, 300))
+                == layer.down[128 * rank + row, 512 * head + 300]
+            )
+            assert (
+                element(block, wide, 128, place(row), 900) == layer.gate_up[128 * block + row, 900]
+            )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -73,8 +94,18 @@ def test_compiles_to_hopper_instructions(precision: torch.dtype) -> None:
     assert len(cubin("expert_steps", sizes.defines())) > 10_000
     code = ptx("expert_steps", sizes.defines())
     assert "cp.async.bulk.shared::cluster" in code
-    assert "m64n32k16.f32.bf16.bf16" in code
+    assert "m64n64k16.f32.bf16.bf16" in code
     assert ("m64n64k32.f32.e4m3.e4m3" in code) == (precision == FP8)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_registers_do_not_spill(precision: torch.dtype) -> None:
+    """All of L1 is shared memory: 200 bytes of spills cost a tenth of the time (docs/LOG.md)."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="the extra `hopper` is missing")
+    said = report("expert_steps", dataclasses.replace(FULL, precision=precision).defines())
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(spilled) <= 32, said
+    assert "serialized" not in said
 
 
 @pytest.mark.parametrize(

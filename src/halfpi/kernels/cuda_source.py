@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,24 @@ def cubin(name: str, defines: Mapping[str, int]) -> bytes:
     digest = hashlib.sha256(key + b"".join(path.read_bytes() for path in sources)).hexdigest()
     cached = _cache_directory() / f"{name}-{digest[:32]}.cubin"
     if not cached.exists():
-        _write(cached, _compile(nvrtc, name, defines, nvrtc.nvrtcGetCUBIN, nvrtc.nvrtcGetCUBINSize))
+        with _compiled(nvrtc, name, _options(defines)) as program:
+            code = _output(program, nvrtc.nvrtcGetCUBIN, nvrtc.nvrtcGetCUBINSize)
+        _write(cached, code)
     return cached.read_bytes()
 
 
 def ptx(name: str, defines: Mapping[str, int]) -> str:
     """The same as PTX, for a look at the instructions; never cached."""
     nvrtc = nvrtc_module()
-    return _compile(nvrtc, name, defines, nvrtc.nvrtcGetPTX, nvrtc.nvrtcGetPTXSize).decode()
+    with _compiled(nvrtc, name, _options(defines)) as program:
+        return _output(program, nvrtc.nvrtcGetPTX, nvrtc.nvrtcGetPTXSize).decode()
+
+
+def report(name: str, defines: Mapping[str, int]) -> str:
+    """What the assembler says of registers, spills and serialised products; never cached."""
+    nvrtc = nvrtc_module()
+    with _compiled(nvrtc, name, [*_options(defines), b"--ptxas-options=-v"]) as program:
+        return _log(nvrtc, program)
 
 
 def nvrtc_module() -> Any:
@@ -50,27 +61,30 @@ def _options(defines: Mapping[str, int]) -> list[bytes]:
     return [option.encode() for option in ("-std=c++17", "-arch=sm_90a", *macros)]
 
 
-def _compile(
-    nvrtc: Any,
-    name: str,
-    defines: Mapping[str, int],
-    get: Callable[..., Any],
-    get_size: Callable[..., Any],
-) -> bytes:
+@contextmanager
+def _compiled(nvrtc: Any, name: str, options: list[bytes]) -> Iterator[Any]:
+    """The compiled program."""
     headers = sorted(_SOURCES.glob("*.cuh"))
     source = (_SOURCES / f"{name}.cu").read_bytes()
     texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
     _, program = nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), texts, names)
-    options = _options(defines)
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{name}.cu does not compile: {log.decode()}")
-    code = bytearray(get_size(program)[1])
-    get(program, code)
-    nvrtc.nvrtcDestroyProgram(program)
-    return bytes(code)
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"{name}.cu does not compile: {_log(nvrtc, program)}")
+        yield program
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    return _output(program, nvrtc.nvrtcGetProgramLog, nvrtc.nvrtcGetProgramLogSize).decode()
+
+
+def _output(program: Any, get: Callable[..., Any], get_size: Callable[..., Any]) -> bytes:
+    data = bytearray(get_size(program)[1])
+    get(program, data)
+    return bytes(data)
 
 
 def _cache_directory() -> Path:

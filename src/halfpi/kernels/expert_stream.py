@@ -17,6 +17,7 @@ WIDTH, MLP, Q_HEADS, HEAD_DIM = 1024, 4096, 8, 256
 BLOCKS = Q_HEADS * PEERS
 QKV_ROWS = (Q_HEADS + 2) * HEAD_DIM
 _CHUNK_BYTES = 16
+_UNIT_BYTES = 16384  # of the ring, in cuda/block.cuh
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
     for index, layer in enumerate(layers):
         tiles = (
             _qkv_tiles(layer.qkv),
-            _eights(_split_tiles(layer.out)),
+            _own_first(_eights(_split_tiles(layer.out))),
             _eights(layer.gate_up.unflatten(0, (BLOCKS, -1))),
-            _eights(_split_tiles(layer.down)),
+            _own_first(_eights(_split_tiles(layer.down))),
         )
         for place, tile in zip(stream[:, index].split(sizes, 1), tiles, strict=True):
             place.copy_(_chunks_first(tile))
@@ -79,6 +80,20 @@ def _eights(tiles: Tensor) -> Tensor:
     among four. Of 32 rows of the result those become rows 8c to 8c + 7 of the matrix.
     """
     return tiles.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).flatten(1, 4)
+
+
+def _own_first(tiles: Tensor) -> Tensor:
+    """Columns of `tiles` (blocks, 128, k) in the order in which a block multiplies them.
+
+    They are cut into units. A block begins with the unit that its own activations meet.
+    """
+    width = tiles.shape[2]
+    units = width * tiles.itemsize // (_UNIT_BYTES // tiles.shape[1])
+    shares = []
+    for rank, share in enumerate(tiles.unflatten(0, (-1, PEERS)).unbind(1)):
+        first = rank * units // PEERS * width // units
+        shares.append(torch.cat([share[..., first:], share[..., :first]], 2))
+    return torch.stack(shares, 1).flatten(0, 1)
 
 
 def _chunks_first(tiles: Tensor) -> Tensor:

@@ -5,15 +5,16 @@
 
 namespace {
 
-// Raises `top` to logits (64 rows, N keys), of which the first `valid` count.
+// Raises `top` to logits (64 rows, N keys), of which the first `valid` count. A thread has two rows.
 template <int N>
 __device__ __forceinline__ void find_top(float (&logits)[N / 2], int lane, int valid,
                                          float (&top)[2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
-    bool counts = i / 4 * 8 + 2 * (lane % 4) + i % 2 < valid;
+    const int row = i / (N / 4), of_row = i % (N / 4);
+    bool counts = of_row / 2 * 8 + 2 * (lane % 4) + of_row % 2 < valid;
     logits[i] = counts ? logits[i] : -infinity();
-    top[i / 2 % 2] = fmaxf(top[i / 2 % 2], logits[i]);
+    top[row] = fmaxf(top[row], logits[i]);
   }
 }
 
@@ -25,11 +26,11 @@ __device__ __forceinline__ void store_weights(const float (&logits)[N / 2], cons
   const u32 to = b.shared + WEIGHTS + chunk * 1024 + b.row * 16 + b.lane % 4 * 4;
 #pragma unroll
   for (int i = 0; i < N / 2; i += 2) {
-    const int r = i / 2 % 2;
-    float even = exp2_fast(logits[i] * LOGIT_SCALE - base[r]);
-    float odd = exp2_fast(logits[i + 1] * LOGIT_SCALE - base[r]);
-    total[r] += even + odd;
-    store_shared(to + i / 4 * 1024 + r * 128, pack_bf16(even, odd));
+    const int row = i / (N / 4), of_row = i % (N / 4);
+    float even = exp2_fast(fmaf(logits[i], LOGIT_SCALE, -base[row]));
+    float odd = exp2_fast(fmaf(logits[i + 1], LOGIT_SCALE, -base[row]));
+    total[row] += even + odd;
+    store_shared(to + of_row / 2 * 1024 + row * 128, pack_bf16(even, odd));
   }
 }
 
@@ -53,17 +54,15 @@ __device__ __forceinline__ float over_quad(float v, bool maximum) {
 }
 
 struct Attention {
-  float average[32];  // of this thread's rows: dimensions 64 · group …
-  float highest[2], total[2];
+  float average[32] = {};  // of this thread's rows: dimensions 64 · group …
+  float highest[2] = {-infinity(), -infinity()}, total[2] = {};
 
   // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
-  template <bool FIRST>
   __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
     const Split split(b.rank, b.prefix);
     float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2];
-    if (FIRST) highest[0] = highest[1] = -infinity(), total[0] = total[1] = 0.0f;
     top[0] = highest[0], top[1] = highest[1];
-    wide_product<Bf16, KEY_UNITS>(logits, b, QUERIES, AllReady());
+    wide_product<Bf16>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
     find_top<TILE / GROUPS>(logits, b.lane, split.keys - tile * TILE - quarter(b), top);
     b.wait_for(RECENT_FULL);
     const bool has_recent = last && b.group == GROUPS - 1;
@@ -79,7 +78,7 @@ struct Attention {
     for (int i = 0; i < 2; ++i) {
       for (int g = 0; g < GROUPS; ++g) top[i] = fmaxf(top[i], taken(b, HIGHEST, g, b.row + 8 * i));
       base[i] = top[i] == -infinity() ? 0.0f : top[i] * LOGIT_SCALE;
-      if (!FIRST) shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
+      if (tile) shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top[i];
     }
     store_weights<TILE / GROUPS>(logits, b, quarter(b) / 8, base, sum);
@@ -93,7 +92,7 @@ struct Attention {
     give(b, TOTAL, sum);
     fence_async_proxy();
     all_consumers();
-    add_values<FIRST>(b);
+    add_values(b);
   }
 
   // For a higher base of the weights of a row.
@@ -118,11 +117,7 @@ struct Attention {
   }
 
   // Each group has the unit with its dimensions.
-  template <bool FIRST>
   __device__ __forceinline__ void add_values(Block& b) {
-    if (FIRST)
-#pragma unroll
-      for (int i = 0; i < 32; ++i) average[i] = 0.0f;
     static_assert(KEY_UNITS == GROUPS, "a unit each");
     const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
     Cursor unit = b.ring;
@@ -182,13 +177,11 @@ struct Attention {
 
 __device__ __forceinline__ void attend(Block& b) {
   Attention attention;
-  b.wait_for(QUERIES_FULL);
   const int tiles = key_tiles(b.prefix);
-  attention.tile<true>(b, 0, tiles == 1);
 #pragma unroll 1
-  for (int tile = 1; tile < tiles; ++tile) {
-    all_consumers();  // the weights of the tile before are read
-    attention.tile<false>(b, tile, tile == tiles - 1);
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile) all_consumers();  // the weights of the tile before are read
+    attention.tile(b, tile, tile == tiles - 1);
   }
   attention.send(b);
 }
@@ -226,7 +219,7 @@ __device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
     merge_row(b, sum, column, row);
     store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, inverse_scale);
   }
-  b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL);
+  b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL, OUT_UNITS);
 }
 
 }  // namespace

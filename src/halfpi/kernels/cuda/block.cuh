@@ -33,7 +33,7 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // once this block has told that it is done with it.
 constexpr int AREA = 0, GIVEN = AREA, QUADS = CONSUMERS * 16;  // a quad: four numbers of a thread
 constexpr int WEIGHTS = AREA, STAGED = WEIGHTS + (TILE + 16) * 64 * 2;
-constexpr int STATISTICS = larger(STAGED + ROWS * HEAD * 2, GIVEN + 4 * QUADS);
+constexpr int STATISTICS = larger(STAGED + ROWS * HEAD * 2, GIVEN + QKV_TILE / 8 * QUADS);
 constexpr int QUERIES = larger(STATISTICS + 3 * GROUPS * 64 * 4, GIVEN + QKV_TILE / 8 * QUADS);
 constexpr int MERGED = QUERIES;  // merged averages come later
 constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
@@ -45,9 +45,9 @@ constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
-constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, AVERAGES_FULL = QUERIES_FULL + 8;
-constexpr int MERGED_FULL = AVERAGES_FULL + 8, HIDDEN_FULL = MERGED_FULL + 8;
-constexpr int RECENT_FULL = HIDDEN_FULL + 8, RECENT_STORED = RECENT_FULL + 8;
+constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, MERGED_FULL = QUERIES_FULL + 8 * PEERS;
+constexpr int HIDDEN_FULL = MERGED_FULL + 8 * PEERS, AVERAGES_FULL = HIDDEN_FULL + 8 * PEERS;
+constexpr int RECENT_FULL = AVERAGES_FULL + 8, RECENT_STORED = RECENT_FULL + 8;
 constexpr int X_FREE = RECENT_STORED + 8;
 constexpr int SQUARES = (X_FREE + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 32;
 static_assert(ACTIONS + 128 <= SHARED_BYTES, "barriers and small things fit");
@@ -70,20 +70,16 @@ struct Arguments {
   const float *input_scales, *weight_scales;
 };
 
-struct Scales {  // of the two products of half a layer at a step
-  float2 input, weight;
+struct Scale {  // of the first or second product of half a layer at a step
+  float input = 1.0f, weight = 1.0f;
 
-  __device__ void load(const Arguments& a, int step, int half) {
+  __device__ __forceinline__ Scale(const Arguments& a, int step, int half, int product) {
     if (!FP8) return;
-    input = reinterpret_cast<const float2*>(a.input_scales)[step * 2 * DEPTH + half];
-    weight = reinterpret_cast<const float2*>(a.weight_scales)[half];
+    input = a.input_scales[(step * 2 * DEPTH + half) * 2 + product];
+    weight = a.weight_scales[half * 2 + product];
   }
-  __device__ float alpha(int product) const {
-    return !FP8 ? 1.0f : product ? input.y * weight.y : input.x * weight.x;
-  }
-  __device__ float inverse(int product) const {
-    return FP8 ? reciprocal(product ? input.y : input.x) : 1.0f;
-  }
+  __device__ __forceinline__ float alpha() const { return input * weight; }
+  __device__ __forceinline__ float inverse() const { return FP8 ? reciprocal(input) : 1.0f; }
 };
 
 // Which rows of the cache and of the actions are keys of a split; all are shared out evenly.
@@ -115,6 +111,9 @@ struct Cursor {  // a place in the ring
 
 __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
+// Peers give an operand in equal pieces. This unit has the piece of `rank`.
+__device__ __forceinline__ int own_unit(int rank, int units) { return rank * units / PEERS; }
+
 struct Block {
   u32 shared;
   char* memory;
@@ -123,7 +122,7 @@ struct Block {
   int index, head, rank;         // in the launch; index = 8 head + rank
   int thread, group, warp, lane;  // warp of the group
   int row;                       // of the two of a thread in a product, the first: the other is 8 on
-  int prefix;
+  int prefix, decided;           // counts of keys, and of rows that stay as they are
   Cursor ring;                   // the next unit
   int layer = 0;                 // over all steps
 
@@ -133,7 +132,10 @@ struct Block {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     group = uniform(thread / 128), warp = uniform(thread / 32 % 4);
     lane = thread % 32, row = 16 * warp + lane / 4;
+    rank = cluster_rank();
   }
+  // The first threads of the first blocks have a row of the actions.
+  __device__ __forceinline__ bool has_row() const { return index < ROWS && thread < ROW_THREADS; }
   __device__ __forceinline__ float* floats(int at) const {
     return reinterpret_cast<float*>(memory + at);
   }
@@ -153,17 +155,19 @@ struct Block {
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
   // By all that compute, who wrote this block's piece of an operand: it goes to the same place in
-  // all peers. Each copy is started by another warp.
-  __device__ __forceinline__ void share(int piece, u32 bytes, int barrier) const {
+  // all peers. Each copy is started by another warp. barrier: of the first of the operand's units.
+  __device__ __forceinline__ void share(int piece, u32 bytes, int barrier, int units) const {
+    const int own = own_unit(rank, units);
     fence_async_proxy();
     all_consumers();
     const int peer = 4 * group + warp;
     if (peer >= PEERS || !elected()) return;
-    if (peer == rank) {
-      mbarrier_expect(shared + barrier, (PEERS - 1) * bytes);
-    } else {
+    if (peer != rank) {
       bulk_push(in_block(shared + piece, peer), shared + piece, bytes,
-                in_block(shared + barrier, peer));
+                in_block(shared + barrier + 8 * own, peer));
+    }
+    if (peer < units) {
+      mbarrier_expect(shared + barrier + 8 * peer, (PEERS / units - (peer == own)) * bytes);
     }
   }
 };

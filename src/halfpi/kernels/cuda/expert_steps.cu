@@ -15,51 +15,46 @@ namespace {
 // in every layer.
 __device__ __forceinline__ void compute(const Arguments& a, Block& b) {
   constexpr int HALVES = 2 * DEPTH;
-  const int row = b.index;
-  const bool has_row = row < ROWS && b.thread < ROW_THREADS, decided = row < *a.decided;
   float* actions = b.floats(ACTIONS);
   Row x;
   float y[4];
-  if (has_row) {
-    if (b.thread < ACTION_DIM) actions[b.thread] = a.actions[row * ACTION_DIM + b.thread];
-    row_threads();
+  if (b.has_row() && b.thread < ACTION_DIM) {
+    actions[b.thread] = a.actions[b.index * ACTION_DIM + b.thread];
   }
+  all_consumers();
   for (int step = 0; step < STEPS; ++step) {
-    const float* modulations =
-        a.modulations + long(decided ? STEPS : step) * (HALVES + 1) * 3 * WIDTH;
-    if (has_row) x.embed(b, a, actions);
+    if (b.has_row()) x.embed(b, a, actions);
 #pragma unroll 1
     for (int half = 0;; ++half) {
-      const bool mlp = half % 2;
+      const bool mlp = half % 2, last = half == HALVES;
       b.locate();
-      Scales scales;
-      if (half < HALVES) scales.load(a, step, half);
-      if (has_row) {
-        x.load(b, modulations, half);
+      const Scale first(a, step, last ? 0 : half, 0);
+      if (b.has_row()) {
+        x.load(b, a, step, half);
         if (half) x.add(b, !mlp);
         x.norm(b, y);
-        if (half < HALVES) x.publish(b, y, scales.inverse(0));
+        if (!last) x.publish(b, y, first.inverse());
       }
-      if (half == HALVES) break;
+      if (last) break;
       b.locate();
       if (mlp) {
-        geglu(b, scales.alpha(0), scales.inverse(1));
-        b.locate();
-        project<true>(b, scales.alpha(1));
+        geglu(b, first.alpha(), Scale(a, step, half, 1).inverse());
       } else {
-        qkv(b, a, scales.alpha(0));
+        qkv(b, a, first.alpha());
         b.locate();
         attend(b);
         b.locate();
-        merge(b, scales.inverse(1));
-        b.locate();
-        project<false>(b, scales.alpha(1));
+        merge(b, Scale(a, step, half, 1).inverse());
       }
+      b.locate();
+      project(b, mlp, Scale(a, step, half, 1).alpha());
       b.layer += mlp;
     }
-    if (has_row) x.move(b, a, y, actions, step, row, decided);
+    if (b.has_row()) x.move(b, a, y, actions, step);
   }
-  if (has_row && b.thread < ACTION_DIM) a.actions[row * ACTION_DIM + b.thread] = actions[b.thread];
+  if (b.has_row() && b.thread < ACTION_DIM) {
+    a.actions[b.index * ACTION_DIM + b.thread] = actions[b.thread];
+  }
 }
 
 __device__ __forceinline__ void init_barriers(u32 shared) {
@@ -93,9 +88,9 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   b.counters = counters;
   b.index = blockIdx.x;
   b.head = blockIdx.x / PEERS;
-  b.rank = cluster_rank();
   b.locate();
   b.prefix = uniform(*prefix_count);
+  b.decided = uniform(*decided);
 
   if (b.thread == 0) init_barriers(b.shared);
   if (b.index == 0 && b.thread < COUNTERS) *place(counters, b.thread) = 0;

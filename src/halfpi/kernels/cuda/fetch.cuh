@@ -88,13 +88,17 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
   for (int i = b.index * (CONSUMERS / 32) + b.thread / 32; i < pieces; i += warps) {
     int key = i % 16 * 8 + b.lane % 8, chunk = i / 16 % 8 * 4 + b.lane / 8, tile = i / 128;
     const char* from = tile % 2 ? a.values : a.keys;
-    const Split split(tile / 2 / tiles % PEERS, b.prefix);
+    const int rank = tile / 2 / tiles % PEERS;
+    const Split split(rank, b.prefix);
     long layer = tile / 2 / tiles / PEERS;
     int place = tile / 2 % tiles * TILE + key;
     uint4 v = make_uint4(0, 0, 0, 0);
     if (place < split.keys) {
       long row = layer * a.capacity + split.first + place;
-      v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + chunk * 16);
+      // Of keys, the dimensions of which the block has queries come first (product.cuh).
+      const int first = tile % 2 ? 0 : rank * KEY_UNITS / PEERS * TILE_CHUNKS;
+      v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) +
+                                          (chunk + first) % (HEAD / 8) * 16);
     }
     *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + (chunk * TILE + key) * 16) = v;
   }

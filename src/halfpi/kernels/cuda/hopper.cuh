@@ -286,10 +286,6 @@ struct Bf16 {
     asm volatile(MMA("m64n8k16.f32.bf16.bf16", D4, "%4", "%5", ", 0, 0") : R4(d, 0)
                  : "l"(a), "l"(b));
   }
-  __device__ static __forceinline__ void mma(float (&d)[16], u64 a, u64 b) {
-    asm volatile(MMA("m64n32k16.f32.bf16.bf16", D16, "%16", "%17", ", 0, 0") : R16(d, 0)
-                 : "l"(a), "l"(b));
-  }
   __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
     asm volatile(MMA("m64n40k16.f32.bf16.bf16", D20, "%20", "%21", ", 0, 0")
                  : R16(d, 0), R4(d, 16)

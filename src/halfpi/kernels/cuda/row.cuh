@@ -11,8 +11,9 @@ struct Row {
   float4 gate, scale, shift;
 
   // Of norm `index` and the update before it, before waiting for the update.
-  __device__ void load(const Block& b, const float* modulations, int index) {
-    const float* modulation = modulations + index * 3 * WIDTH;
+  __device__ void load(const Block& b, const Arguments& a, int step, int index) {
+    const int time = b.index < b.decided ? STEPS : step;
+    const float* modulation = a.modulations + long(time * (2 * DEPTH + 1) + index) * 3 * WIDTH;
     scale = at(modulation, b), shift = at(modulation + WIDTH, b);
     if (index) gate = at(modulation - WIDTH, b);
   }
@@ -91,7 +92,8 @@ struct Row {
 
   // The velocity of this row, guided, moves its actions, unless they are decided.
   __device__ void move(const Block& b, const Arguments& a, const float (&y)[4], float* actions,
-                       int step, int row, bool decided) const {
+                       int step) const {
+    const bool moves = b.index >= b.decided;
     float4* hidden = reinterpret_cast<float4*>(b.memory + AREA);
     hidden[b.thread] = make_float4(y[0], y[1], y[2], y[3]);
     row_threads();
@@ -106,11 +108,11 @@ struct Row {
       }
 #pragma unroll
       for (int j = 16; j; j /= 2) dot += __shfl_xor_sync(~0u, dot, j);
-      if (b.lane == 0 && !decided) {
+      if (b.lane == 0 && moves) {
         float velocity = dot + a.bias_out[i], time = 1.0f - step * (1.0f / STEPS);
-        float weight = a.weights[row], error = 0.0f;
+        float weight = a.weights[b.index], error = 0.0f;
         if (weight != 0.0f) {
-          error = (a.target[row * ACTION_DIM + i] - (actions[i] - time * velocity)) * weight;
+          error = (a.target[b.index * ACTION_DIM + i] - (actions[i] - time * velocity)) * weight;
         }
         actions[i] -= (velocity - a.gains[step] * error) * (1.0f / STEPS);
       }
