@@ -45,7 +45,7 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
     """The streams of `layers`: uint8 (blocks, depth, bytes) on `device`.
 
     Block 8 · head + rank has 32 rows of its head's q and 8 of k and v; of out and down 128 rows
-    and its head's eighth of K; of gate_up 128 rows.
+    and its head's eighth of K; of gate_up 128 rows. Below is in which order.
     """
     sizes = layer_bytes(layers[0].qkv.itemsize)
     stream = torch.empty(BLOCKS, len(layers), sum(sizes), dtype=torch.uint8, device=device)
@@ -79,7 +79,8 @@ def _eights(tiles: Tensor) -> Tensor:
     In a product's result a thread has rows 2c and 2c + 1 of every eight rows, where c is its place
     among four. Of 32 rows of the result those become rows 8c to 8c + 7 of the matrix.
     """
-    return tiles.unflatten(1, (-1, 4, 4, 2)).transpose(2, 3).flatten(1, 4)
+    eights: Tensor = tiles.unflatten(1, (-1, 4, 4, 2))
+    return eights.transpose(2, 3).flatten(1, 4)
 
 
 def _own_first(tiles: Tensor) -> Tensor:

@@ -60,8 +60,7 @@ struct Attention {
   // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
   __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
     const Split split(b.rank, b.prefix);
-    float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2];
-    top[0] = highest[0], top[1] = highest[1];
+    float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
     wide_product<Bf16>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
     find_top<TILE / GROUPS>(logits, b.lane, split.keys - tile * TILE - quarter(b), top);
     b.wait_for(RECENT_FULL);

@@ -28,17 +28,16 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory. The area has X; then the parts of products that groups give each other, and what
-// attention needs, or hidden activations. Peers push queries and hidden activations to where X was,
-// once this block has told that it is done with it.
-constexpr int AREA = 0, GIVEN = AREA, QUADS = CONSUMERS * 16;  // a quad: four numbers of a thread
+// Shared memory. The area has X; then the parts of products that groups give each other (a quad is
+// four numbers of each thread), and what attention needs, or hidden activations. Peers push queries
+// and hidden activations to where X was, once this block has told that it is done with it.
+constexpr int AREA = 0, GIVEN = AREA, QUAD = CONSUMERS * 16;
 constexpr int WEIGHTS = AREA, STAGED = WEIGHTS + (TILE + 16) * 64 * 2;
-constexpr int STATISTICS = larger(STAGED + ROWS * HEAD * 2, GIVEN + QKV_TILE / 8 * QUADS);
-constexpr int QUERIES = larger(STATISTICS + 3 * GROUPS * 64 * 4, GIVEN + QKV_TILE / 8 * QUADS);
-constexpr int MERGED = QUERIES;  // merged averages come later
+constexpr int STATISTICS = larger(STAGED + ROWS * HEAD * 2, GIVEN + QKV_TILE / 8 * QUAD);
+constexpr int QUERIES = STATISTICS + 3 * GROUPS * 64 * 4, MERGED = QUERIES;  // which come later
 constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
 constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-constexpr int HIDDEN = GIVEN + 4 * QUADS;
+constexpr int HIDDEN = GIVEN + 4 * QUAD;
 constexpr int AREA_BYTES = larger(larger(ROWS * WIDTH * BYTES, RECENT_KEYS + RECENT_BYTES),
                                   HIDDEN + ROWS * MLP / HEADS * BYTES);
 constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
