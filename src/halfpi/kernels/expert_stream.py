@@ -88,11 +88,11 @@ def _own_first(tiles: Tensor) -> Tensor:
 
     They are cut into units. A block begins with the unit that its own activations meet.
     """
-    width = tiles.shape[2]
-    units = width * tiles.itemsize // (_UNIT_BYTES // tiles.shape[1])
+    _, rows, width = tiles.shape
+    unit = _UNIT_BYTES // rows // tiles.itemsize
     shares = []
     for rank, share in enumerate(tiles.unflatten(0, (-1, PEERS)).unbind(1)):
-        first = rank * units // PEERS * width // units
+        first = rank * width // PEERS // unit * unit
         shares.append(torch.cat([share[..., first:], share[..., :first]], 2))
     return torch.stack(shares, 1).flatten(0, 1)
 

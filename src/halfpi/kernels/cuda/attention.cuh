@@ -133,7 +133,7 @@ struct Attention {
     const Matrix recent(b.shared + RECENT_VALUES + 8 * b.group * RECENT_SLOTS * 16, 0,
                         RECENT_SLOTS * 16);
     Bf16::mma_transposed(average, weights.at(TILE / 8 * 1024), recent.at(0));
-    wgmma_commit();
+    wgmma_commit();  // and while that is under way:
     for (int g = 0; g < GROUPS; ++g) {
       for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
     }

@@ -69,7 +69,9 @@ struct Arguments {
   const float *input_scales, *weight_scales;
 };
 
-struct Scale {  // of the first or second product of half a layer at a step
+// Of the first or second product of half a layer at a step. A phase that needs it loads it again:
+// kept over phases, scales do not fit into the registers.
+struct Scale {
   float input = 1.0f, weight = 1.0f;
 
   __device__ __forceinline__ Scale(const Arguments& a, int step, int half, int product) {
@@ -83,12 +85,12 @@ struct Scale {  // of the first or second product of half a layer at a step
 
 // Which rows of the cache and of the actions are keys of a split; all are shared out evenly.
 struct Split {
-  int first, keys, first_recent, recent;
+  int first, keys, recent;
 
   __device__ Split(int split, int prefix) {
     first = split * prefix / PEERS;
     keys = (split + 1) * prefix / PEERS - first;
-    first_recent = begin(split);
+    const int first_recent = begin(split);
     recent = begin(split + 1) - first_recent;
   }
   __device__ static int begin(int split) { return (split * ROWS + PEERS - 1) / PEERS; }
@@ -112,6 +114,8 @@ __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
 // Peers give an operand in equal pieces. This unit has the piece of `rank`.
 __device__ __forceinline__ int own_unit(int rank, int units) { return rank * units / PEERS; }
+static_assert(PEERS % OUT_UNITS == 0 && PEERS % DOWN_UNITS == 0 && PEERS % KEY_UNITS == 0,
+              "a unit has whole pieces, and units are a power of two");
 
 struct Block {
   u32 shared;

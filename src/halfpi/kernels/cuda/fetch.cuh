@@ -96,7 +96,7 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
     if (place < split.keys) {
       long row = layer * a.capacity + split.first + place;
       // Of keys, the dimensions of which the block has queries come first (product.cuh).
-      const int first = tile % 2 ? 0 : rank * KEY_UNITS / PEERS * TILE_CHUNKS;
+      const int first = tile % 2 ? 0 : own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
       v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) +
                                           (chunk + first) % (HEAD / 8) * 16);
     }

@@ -72,13 +72,15 @@ __device__ __forceinline__ float4* quad(const Block& b, int index, int group) {
          b.thread % 128;
 }
 
-// sum += what the other groups have of this quad.
-__device__ __forceinline__ void add_groups(float (&sum)[4], const Block& b, int index) {
+// The four numbers from `sum` on += what `group` gave.
+__device__ __forceinline__ void add_quad(float* sum, const Block& b, int index, int group) {
+  const float4 v = *quad(b, index, group);
+  sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+}
+__device__ __forceinline__ void add_other_groups(float (&sum)[4], const Block& b, int index) {
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
-    if (g == b.group) continue;
-    const float4 v = *quad(b, index, g);
-    sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+    if (g != b.group) add_quad(sum, b, index, g);
   }
 }
 
@@ -134,14 +136,14 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
     for (int i = 0; i < 4; ++i) (j < QUERY_CHUNKS ? sum : recent_sum)[i] = result[4 * j + i];
   }
   all_consumers();
-  add_groups(sum, b, b.group);
+  add_other_groups(sum, b, b.group);
   turn.apply(b, sum, alpha, [&](int row, u32 word) {
     store_shared(b.shared + QUERIES + (chunk * ROWS + row) * 16 + column * 2, word);
   });
   wait(b.shared + X_FREE, 0);
   b.share(QUERIES + b.rank * QUERY_PIECE, QUERY_PIECE, QUERIES_FULL, KEY_UNITS);
   if (!recent) return;
-  add_groups(recent_sum, b, QUERY_CHUNKS);
+  add_other_groups(recent_sum, b, QUERY_CHUNKS);
   recent_turn.apply(b, recent_sum, alpha, [&](int row, u32 word) {
     const int split = row * PEERS / ROWS, slot = row - Split::begin(split);
     char* to = b.buffers + RECENT + ((split * BLOCKS + b.index) * RECENT_SLOTS + slot) * 16;
@@ -187,9 +189,7 @@ __device__ __forceinline__ void wide_product(float (&sum)[16], Block& b, int uni
   named_barrier(8 + b.group % 2, CONSUMERS / 2);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (b.row + 8 * (i / 2) >= ROWS) continue;
-    const float4 v = *quad(b, i, b.group ^ 2);
-    sum[4 * i] += v.x, sum[4 * i + 1] += v.y, sum[4 * i + 2] += v.z, sum[4 * i + 3] += v.w;
+    if (b.row + 8 * (i / 2) < ROWS) add_quad(sum + 4 * i, b, i, b.group ^ 2);
   }
 }
 
