@@ -37,9 +37,10 @@ from halfpi.kernels.spec import FP8, check
 NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
 _LONGEST = 64  # horizon: the rows of a tile
-_THREADS = 640
+_THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 3  # 128 bytes apart
+_GRID = 120
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ExpertSizes:
     def buffer_bytes(self) -> int:
         """Bytes of what blocks exchange through L2 (cuda/exchange.cuh)."""
         rows = self.horizon * self.width * (self.precision.itemsize + 2 * self.q_heads)
-        return rows + PEERS * 2 * self.head_dim * 2 * 8
+        return rows + 2 * PEERS * 2 * self.head_dim * 2 * 8
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of `capacity` cached keys and values in the layout of the ring."""
@@ -354,7 +355,7 @@ def _launch(kernel: object, device: torch.device, *arguments: Tensor | int) -> N
     from cuda import core
 
     config = core.LaunchConfig(
-        grid=BLOCKS, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
+        grid=_GRID, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
     )
     values = (one if isinstance(one, int) else one.data_ptr() for one in arguments)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)

@@ -52,9 +52,9 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
     for index, layer in enumerate(layers):
         tiles = (
             _qkv_tiles(layer.qkv),
-            _own_first(_eights(_split_tiles(layer.out))),
-            _eights(layer.gate_up.unflatten(0, (BLOCKS, -1))),
-            _own_first(_eights(_split_tiles(layer.down))),
+            _own_first(_neighbours(_split_tiles(layer.out), 8)),
+            _neighbours(layer.gate_up.unflatten(0, (BLOCKS, -1)), 16),
+            _own_first(_neighbours(_split_tiles(layer.down), 8)),
         )
         for place, tile in zip(stream[:, index].split(sizes, 1), tiles, strict=True):
             place.copy_(_chunks_first(tile))
@@ -73,14 +73,15 @@ def _split_tiles(weight: Tensor) -> Tensor:
     return tiles.permute(2, 0, 1, 3).flatten(0, 1)
 
 
-def _eights(tiles: Tensor) -> Tensor:
+def _neighbours(tiles: Tensor, count: int) -> Tensor:
     """Rows of `tiles` (blocks, 128, k) in another order.
 
     In a product's result a thread has rows 2c and 2c + 1 of every eight rows, where c is its place
-    among four. Of 32 rows of the result those become rows 8c to 8c + 7 of the matrix.
+    among four. Of each 4n rows of the result those become n neighbours of the matrix, the rows from
+    c·n on, where n is `count`.
     """
-    eights: Tensor = tiles.unflatten(1, (-1, 4, 4, 2))
-    return eights.transpose(2, 3).flatten(1, 4)
+    neighbours: Tensor = tiles.unflatten(1, (-1, 4, count // 2, 2))
+    return neighbours.transpose(2, 3).flatten(1, 4)
 
 
 def _own_first(tiles: Tensor) -> Tensor:

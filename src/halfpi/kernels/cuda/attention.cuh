@@ -11,8 +11,8 @@ __device__ __forceinline__ void find_top(float (&logits)[N / 2], int lane, int v
                                          float (&top)[2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
-    const int row = i / (N / 4), of_row = i % (N / 4);
-    bool counts = of_row / 2 * 8 + 2 * (lane % 4) + of_row % 2 < valid;
+    const int row = i / 2 % 2;
+    bool counts = i / 4 * 8 + lane % 4 * 2 + i % 2 < valid;
     logits[i] = counts ? logits[i] : -infinity();
     top[row] = fmaxf(top[row], logits[i]);
   }
@@ -26,11 +26,11 @@ __device__ __forceinline__ void store_weights(const float (&logits)[N / 2], cons
   const u32 to = b.shared + WEIGHTS + chunk * 1024 + b.row * 16 + b.lane % 4 * 4;
 #pragma unroll
   for (int i = 0; i < N / 2; i += 2) {
-    const int row = i / (N / 4), of_row = i % (N / 4);
+    const int row = i / 2 % 2;
     float even = exp2_fast(fmaf(logits[i], LOGIT_SCALE, -base[row]));
     float odd = exp2_fast(fmaf(logits[i + 1], LOGIT_SCALE, -base[row]));
     total[row] += even + odd;
-    store_shared(to + of_row / 2 * 1024 + row * 128, pack_bf16(even, odd));
+    store_shared(to + i / 4 * 1024 + row * 128, pack_bf16(even, odd));
   }
 }
 
@@ -54,15 +54,18 @@ __device__ __forceinline__ float over_quad(float v, bool maximum) {
 }
 
 struct Attention {
-  float average[32] = {};  // of this thread's rows: dimensions 64 · group …
+  static constexpr int PARTS = KEY_UNITS / GROUPS;  // of a group, each a unit of values
+  static constexpr int KEYS = TILE / GROUPS;        // of a group
+  float average[PARTS][32] = {};  // of this thread's rows: dimensions 64 · (PARTS · group + part) …
   float highest[2] = {-infinity(), -infinity()}, total[2] = {};
 
-  // A tile of keys from the cache, and after the last one the keys of actions, which group 3 takes.
+  // A tile of keys from the cache, and after the last one the keys of actions, which the last group
+  // takes.
   __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
     const Split split(b.rank, b.prefix);
-    float logits[16], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
+    float logits[KEYS / 2], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
     wide_product<Bf16>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
-    find_top<TILE / GROUPS>(logits, b.lane, split.keys - tile * TILE - quarter(b), top);
+    find_top<KEYS>(logits, b.lane, split.keys - tile * TILE - KEYS * b.group, top);
     b.wait_for(RECENT_FULL);
     const bool has_recent = last && b.group == GROUPS - 1;
     if (has_recent) {
@@ -80,7 +83,7 @@ struct Attention {
       if (tile) shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top[i];
     }
-    store_weights<TILE / GROUPS>(logits, b, quarter(b) / 8, base, sum);
+    store_weights<KEYS>(logits, b, KEYS / 8 * b.group, base, sum);
     if (has_recent) store_weights<RECENT_SLOTS>(recent, b, TILE / 8, base, sum);
     // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
     if (b.thread < (last ? 64 : 128)) {
@@ -91,14 +94,17 @@ struct Attention {
     give(b, TOTAL, sum);
     fence_async_proxy();
     all_consumers();
-    add_values(b);
+    add_values(b, last);
   }
 
   // For a higher base of the weights of a row.
   __device__ __forceinline__ void shrink(int row, float by) {
     total[row] *= by;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) average[j / 2 * 4 + 2 * row + j % 2] *= by;
+    for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) average[part][j / 2 * 4 + 2 * row + j % 2] *= by;
+    }
   }
 
   __device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) const {
@@ -115,62 +121,87 @@ struct Attention {
     settle(logits);
   }
 
-  // Each group has the unit with its dimensions.
-  __device__ __forceinline__ void add_values(Block& b) {
-    static_assert(KEY_UNITS == GROUPS, "a unit each");
+  // Each group has the units with its dimensions. The last tile's go to peers, each while the next is
+  // multiplied.
+  __device__ __forceinline__ void add_values(Block& b, bool last) {
     const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
+    int slots[PARTS];
     Cursor unit = b.ring;
-    unit.advance(b.group);
-    b.wait_full(unit);
-    __syncwarp();
-    settle(average);
-    wgmma_fence();
+    unit.advance(PARTS * b.group);
 #pragma unroll
-    for (int k = 0; k < TILE / 8; k += 2) {
-      Bf16::mma_transposed(average, weights.at(k * 1024), values.at(unit.slot * UNIT + k * 128));
+    for (int part = 0; part < PARTS; ++part, unit.advance(1)) {
+      slots[part] = unit.slot;
+      b.wait_full(unit);
+      __syncwarp();
+      settle(average[part]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < TILE / 8; k += 2) {
+        Bf16::mma_transposed(average[part], weights.at(k * 1024),
+                             values.at(unit.slot * UNIT + k * 128));
+      }
+      // Both halves of these 16 keys are the same eight, the second with weights of 0.
+      const int chunk = 8 * (PARTS * b.group + part);
+      const Matrix recent(b.shared + RECENT_VALUES + chunk * RECENT_SLOTS * 16, 0,
+                          RECENT_SLOTS * 16);
+      Bf16::mma_transposed(average[part], weights.at(TILE / 8 * 1024), recent.at(0));
+      wgmma_commit();
     }
-    // Both halves of these 16 keys are the same eight, the second with weights of 0.
-    const Matrix recent(b.shared + RECENT_VALUES + 8 * b.group * RECENT_SLOTS * 16, 0,
-                        RECENT_SLOTS * 16);
-    Bf16::mma_transposed(average, weights.at(TILE / 8 * 1024), recent.at(0));
-    wgmma_commit();  // and while that is under way:
+    b.ring.advance(KEY_UNITS);
     for (int g = 0; g < GROUPS; ++g) {
       for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
     }
+    if (last) send_log_sums(b);
+    static_assert(PARTS == 2, "one is multiplied while the other is sent");
+    wgmma_wait<1>();
+    settle(average[0]);
+    b.release(slots[0], GROUPS);
+    if (last) send<0>(b);
     wgmma_wait<0>();
-    settle(average);
-    b.release(unit.slot, GROUPS);
-    b.ring.advance(KEY_UNITS);
+    settle(average[1]);
+    b.release(slots[1], GROUPS);
+    if (last) send<1>(b);
   }
 
-  // Averages and log-sums to the peers that merge their dimensions: two of them a group.
-  __device__ __forceinline__ void send(const Block& b) const {
+  // To the peers that merge this group's dimensions, a warp each.
+  __device__ __forceinline__ void send_log_sums(const Block& b) const {
     float log_sum[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
+    give(b, LOG_SUM, log_sum);
+    fence_async_proxy();
+    b.together();
+    if (b.thread == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
+    const int peer = 4 * b.group + b.warp;
+    if (!elected()) return;
+    bulk_push(in_block(b.shared + LOG_SUMS + b.rank * 256, peer),
+              b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256, 256,
+              in_block(b.shared + AVERAGES_FULL, peer));
+  }
+
+  // The averages of 64 dimensions, of which two peers merge half each.
+  template <int PART>
+  __device__ __forceinline__ void send(const Block& b) const {
+    const int first = 2 * (PARTS * b.group + PART);
+    const u32 to = b.shared + STAGED + first * AVERAGE_PIECE + b.lane % 4 * 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = b.row + 8 * i;
-      float inverse = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
-      log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
       if (row >= ROWS) continue;
+      const float inverse = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const int at = 4 * j + 2 * i;
-        store_shared(b.shared + STAGED + (8 * b.group + j) * ROWS * 16 + row * 16 + b.lane % 4 * 4,
-                     pack_bf16(average[at] * inverse, average[at + 1] * inverse));
+        const float* v = average[PART] + 4 * j + 2 * i;
+        store_shared(to + (j * ROWS + row) * 16, pack_bf16(v[0] * inverse, v[1] * inverse));
       }
     }
-    give(b, LOG_SUM, log_sum);
     fence_async_proxy();
-    named_barrier(4 + b.group, 128);
-    if (b.thread == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
-    if (b.warp < 2 && elected()) {
-      const int peer = 2 * b.group + b.warp;
-      const u32 barrier = in_block(b.shared + AVERAGES_FULL, peer);
-      bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE, peer),
-                b.shared + STAGED + peer * AVERAGE_PIECE, AVERAGE_PIECE, barrier);
-      bulk_push(in_block(b.shared + LOG_SUMS + b.rank * 256, peer),
-                b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256, 256, barrier);
-    }
+    b.together();
+    const int peer = first + b.warp;
+    if (b.warp >= 2 || !elected()) return;
+    bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE, peer),
+              b.shared + STAGED + peer * AVERAGE_PIECE, AVERAGE_PIECE,
+              in_block(b.shared + AVERAGES_FULL, peer));
   }
 };
 
@@ -182,41 +213,42 @@ __device__ __forceinline__ void attend(Block& b) {
     if (tile) all_consumers();  // the weights of the tile before are read
     attention.tile(b, tile, tile == tiles - 1);
   }
-  attention.send(b);
 }
 
-// All splits' averages of four dimensions of a row, weighted by their sums.
-__device__ __forceinline__ void merge_row(const Block& b, float (&sum)[4], int column, int row) {
+// All splits' averages of eight dimensions of a row, weighted by their sums.
+__device__ __forceinline__ void merge_row(const Block& b, float (&sum)[8], int column, int row) {
   float weight[PEERS], highest = -infinity(), total = 0.0f;
 #pragma unroll
   for (int s = 0; s < PEERS; ++s) {
     weight[s] = b.floats(LOG_SUMS)[s * 64 + row];
     highest = fmaxf(highest, weight[s]);
   }
-  const u32 from = b.shared + AVERAGES + (column / 8 * ROWS + row) * 16 + column % 8 * 2;
+  const u32 from = b.shared + AVERAGES + (column / 8 * ROWS + row) * 16;
 #pragma unroll
   for (int s = 0; s < PEERS; ++s) {
     float w = exp2_fast(weight[s] - highest);
     total += w;
-    const uint2 v = load_shared(from + s * AVERAGE_PIECE);
+    const uint4 v = load_shared(from + s * AVERAGE_PIECE);
     sum[0] += w * low_bf16(v.x), sum[1] += w * high_bf16(v.x);
     sum[2] += w * low_bf16(v.y), sum[3] += w * high_bf16(v.y);
+    sum[4] += w * low_bf16(v.z), sum[5] += w * high_bf16(v.z);
+    sum[6] += w * low_bf16(v.w), sum[7] += w * high_bf16(v.w);
   }
   const float inverse = reciprocal(total);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] *= inverse;
+  for (int i = 0; i < 8; ++i) sum[i] *= inverse;
 }
 
 // This block's share of the dimensions, to all peers.
-__device__ __forceinline__ void merge(const Block& b, float inverse_scale) {
+__device__ __forceinline__ void merge(const Block& b, const Scale& scale) {
   constexpr int COLUMNS = HEAD / PEERS;
-  static_assert(COLUMNS == 8 * GROUPS, "neighbours in a warp have eight columns");
-  const int row = b.thread % 128 / 2, column = 8 * b.group + b.thread % 2 * 4;
+  static_assert(COLUMNS == 16 * GROUPS, "neighbours in a warp have sixteen columns");
+  const int row = b.thread % 128 / 2, column = 16 * b.group + b.thread % 2 * 8;
   b.wait_for(AVERAGES_FULL);
   if (row < ROWS) {
-    float sum[4] = {};
+    float sum[8] = {};
     merge_row(b, sum, column, row);
-    store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, inverse_scale);
+    store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, scale.inverse());
   }
   b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL, OUT_UNITS);
 }

@@ -6,10 +6,12 @@ using namespace exchange;
 
 namespace {
 
-constexpr int GROUPS = 4, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
+constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
 constexpr int THREADS = CONSUMERS + 128;             // the last group copies
-constexpr int ROW_THREADS = WIDTH / 4;               // of a block that has a row of the actions
 constexpr int STORING = 128;                         // threads with keys and values of actions
+#ifndef ROW_THREADS
+#define ROW_THREADS 256
+#endif
 
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
 constexpr int UNIT = 16384;
@@ -28,18 +30,16 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory. The area has X; then the parts of products that groups give each other (a quad is
-// four numbers of each thread), and what attention needs, or hidden activations. Peers push queries
-// and hidden activations to where X was, once this block has told that it is done with it.
-constexpr int AREA = 0, GIVEN = AREA, QUAD = CONSUMERS * 16;
-constexpr int WEIGHTS = AREA, STAGED = WEIGHTS + (TILE + 16) * 64 * 2;
-constexpr int STATISTICS = larger(STAGED + ROWS * HEAD * 2, GIVEN + QKV_TILE / 8 * QUAD);
-constexpr int QUERIES = STATISTICS + 3 * GROUPS * 64 * 4, MERGED = QUERIES;  // which come later
-constexpr int AVERAGES = QUERIES + ROWS * HEAD * 2, LOG_SUMS = AVERAGES + ROWS * HEAD * 2;
-constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-constexpr int HIDDEN = GIVEN + 4 * QUAD;
-constexpr int AREA_BYTES = larger(larger(ROWS * WIDTH * BYTES, RECENT_KEYS + RECENT_BYTES),
-                                  HIDDEN + ROWS * MLP / HEADS * BYTES);
+// Shared memory. The area has X; then what attention needs, or hidden activations. Peers push queries
+// and hidden activations to where X was, once this block has told that it is done with it. Averages
+// are staged for peers where queries were. Keys and values of the actions may come while X is read.
+constexpr int X_BYTES = ROWS * WIDTH * BYTES, AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
+constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2, QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
+constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
+constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, LOG_SUMS = MERGED + ROWS * HEAD * BYTES;
+constexpr int RECENT_KEYS = larger(LOG_SUMS + PEERS * 256, X_BYTES);
+constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
+constexpr int AREA_BYTES = larger(RECENT_KEYS + RECENT_BYTES, HIDDEN + ROWS * MLP / HEADS * BYTES);
 constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
@@ -47,9 +47,9 @@ constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SL
 constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, MERGED_FULL = QUERIES_FULL + 8 * PEERS;
 constexpr int HIDDEN_FULL = MERGED_FULL + 8 * PEERS, AVERAGES_FULL = HIDDEN_FULL + 8 * PEERS;
 constexpr int RECENT_FULL = AVERAGES_FULL + 8, RECENT_STORED = RECENT_FULL + 8;
-constexpr int X_FREE = RECENT_STORED + 8;
-constexpr int SQUARES = (X_FREE + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 32;
-static_assert(ACTIONS + 128 <= SHARED_BYTES, "barriers and small things fit");
+constexpr int X_FREE = RECENT_STORED + 8, RECENT_COPIED = X_FREE + 8;
+constexpr int SQUARES = (RECENT_COPIED + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 64;
+static_assert(ACTIONS + 256 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
 constexpr int MERGED_PIECE = ROWS * HEAD / PEERS * BYTES;
@@ -69,15 +69,15 @@ struct Arguments {
   const float *input_scales, *weight_scales;
 };
 
-// Of the first or second product of half a layer at a step. A phase that needs it loads it again:
-// kept over phases, scales do not fit into the registers.
+// Of the first or second product of half a layer at a step: loaded where this is made, long before
+// it is used.
 struct Scale {
   float input = 1.0f, weight = 1.0f;
 
   __device__ __forceinline__ Scale(const Arguments& a, int step, int half, int product) {
     if (!FP8) return;
-    input = a.input_scales[(step * 2 * DEPTH + half) * 2 + product];
-    weight = a.weight_scales[half * 2 + product];
+    input = load_early(a.input_scales + (step * 2 * DEPTH + half) * 2 + product);
+    weight = load_early(a.weight_scales + half * 2 + product);
   }
   __device__ __forceinline__ float alpha() const { return input * weight; }
   __device__ __forceinline__ float inverse() const { return FP8 ? reciprocal(input) : 1.0f; }
@@ -100,6 +100,13 @@ __device__ __forceinline__ int key_tiles(int prefix) {  // of the longest split
   return longest > TILE ? (longest + TILE - 1) / TILE : 1;
 }
 
+// Where a block's chunk of the key and value of a row lies among those of a layer.
+__device__ __forceinline__ long place_of_recent(int block, int row, int layer) {
+  const int split = row * PEERS / ROWS, slot = row - Split::begin(split);
+  return RECENT + layer % 2 * RECENT_BUFFER +
+         ((split * BLOCKS + block) * RECENT_SLOTS + slot) * 16;
+}
+
 struct Cursor {  // a place in the ring
   int slot = 0;
   u32 parity = 0;
@@ -114,6 +121,7 @@ __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
 // Peers give an operand in equal pieces. This unit has the piece of `rank`.
 __device__ __forceinline__ int own_unit(int rank, int units) { return rank * units / PEERS; }
+static_assert(PEERS == 4 * GROUPS, "a warp for each peer");
 static_assert(PEERS % OUT_UNITS == 0 && PEERS % DOWN_UNITS == 0 && PEERS % KEY_UNITS == 0,
               "a unit has whole pieces, and units are a power of two");
 
@@ -129,16 +137,6 @@ struct Block {
   Cursor ring;                   // the next unit
   int layer = 0;                 // over all steps
 
-  // Begins a phase. Of a value that stays the same the compiler keeps all addresses that follow from
-  // it, over all phases, and they do not fit into the registers.
-  __device__ __forceinline__ void locate() {
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    group = uniform(thread / 128), warp = uniform(thread / 32 % 4);
-    lane = thread % 32, row = 16 * warp + lane / 4;
-    rank = cluster_rank();
-  }
-  // The first threads of the first blocks have a row of the actions.
-  __device__ __forceinline__ bool has_row() const { return index < ROWS && thread < ROW_THREADS; }
   __device__ __forceinline__ float* floats(int at) const {
     return reinterpret_cast<float*>(memory + at);
   }
@@ -152,19 +150,17 @@ struct Block {
   }
   // Tells all peers that this block, after a barrier of its threads, is done with X.
   __device__ __forceinline__ void free_x() const {
-    const int peer = 4 * group + warp;
-    if (peer < PEERS && elected()) mbarrier_arrive_at(in_block(shared + X_FREE, peer));
+    if (elected()) mbarrier_arrive_at(in_block(shared + X_FREE, 4 * group + warp));
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
   // By all that compute, who wrote this block's piece of an operand: it goes to the same place in
   // all peers. Each copy is started by another warp. barrier: of the first of the operand's units.
   __device__ __forceinline__ void share(int piece, u32 bytes, int barrier, int units) const {
-    const int own = own_unit(rank, units);
+    const int own = own_unit(rank, units), peer = 4 * group + warp;
     fence_async_proxy();
     all_consumers();
-    const int peer = 4 * group + warp;
-    if (peer >= PEERS || !elected()) return;
+    if (!elected()) return;
     if (peer != rank) {
       bulk_push(in_block(shared + piece, peer), shared + piece, bytes,
                 in_block(shared + barrier + 8 * own, peer));
@@ -173,17 +169,19 @@ struct Block {
       mbarrier_expect(shared + barrier + 8 * peer, (PEERS / units - (peer == own)) * bytes);
     }
   }
+  // All threads of a group meet.
+  __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }
 };
 
-// Columns `column` to `column` + 3 of `row` of an operand in shared memory.
+// Columns `column` to `column` + 7 of `row` of an operand in shared memory.
 __device__ __forceinline__ void store_operand(const Block& b, int operand, int row, int column,
-                                              const float (&v)[4], float inverse_scale) {
+                                              const float (&v)[8], float inverse_scale) {
   const u32 to = b.shared + operand + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
   if constexpr (FP8) {
-    store_shared(to, pack_e4m3(v[0] * inverse_scale, v[1] * inverse_scale, v[2] * inverse_scale,
-                               v[3] * inverse_scale));
+    store_shared(to, make_uint2(pack_e4m3(v, inverse_scale), pack_e4m3(v + 4, inverse_scale)));
   } else {
-    store_shared(to, make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])));
+    store_shared(to, make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                                pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])));
   }
 }
 

@@ -1,12 +1,18 @@
 // How blocks hand activations to each other: within a cluster from shared memory to shared memory,
 // between clusters through L2.
 //
-// Through L2 go rows, and keys and values of the actions, with a counter for every kind of buffer: a
-// writer's threads meet and one of them adds 1 with release; one thread of a reader waits until all
-// writers did, then starts a bulk copy. Sums are less: they go in words of eight bytes with a mark
-// that tells whether they are new, and a reader loads them again until all are. No buffer needs a
-// second copy: whoever writes one again has waited, directly or through others, for all that read
-// it before.
+// Through L2 go sums and rows, and keys and values of the actions.
+//
+// Sums are words of eight bytes with a mark that tells whether they are new; a reader loads them
+// again until all are. Rows have a counter: a writer's threads meet and one of them adds 1 with
+// release; one thread of a reader waits until all writers did, then starts a bulk copy.
+//
+// A release waits until what was written has reached L2. For keys and values that takes too long, so
+// their counter only hints that a copy is worth its while, and the reader looks at every word of it.
+// They have two buffers in turn, and who has read one makes what he wrote to the other BLANK.
+//
+// No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly or
+// through others, for all that read it before.
 #pragma once
 #include "hopper.cuh"
 
@@ -23,7 +29,8 @@ constexpr int CHUNK = 16 / BYTES;                 // operands in 16 bytes
 constexpr long X = 0;                                 // of the next qkv or gate/up
 constexpr long RECENT = X + ROWS * WIDTH * BYTES;     // (split, chunk, slot, 16 bytes)
 constexpr int RECENT_SLOTS = 8, RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS;
-constexpr long SUMS = RECENT + PEERS * RECENT_BYTES;  // (row, cluster, d / 4, Word)
+constexpr long RECENT_BUFFER = PEERS * RECENT_BYTES;
+constexpr long SUMS = RECENT + 2 * RECENT_BUFFER;  // (row, cluster, d / 4, Word)
 constexpr int SUMS_BYTES = HEADS * WIDTH * 2;         // of a row
 constexpr long BUFFERS = SUMS + long(ROWS) * SUMS_BYTES;
 static_assert(BUFFERS == BUFFER_BYTES, "the launcher allocates what the kernel uses");
@@ -35,6 +42,9 @@ __device__ __forceinline__ Word marked(u32 low, u32 high, u32 mark) {
   return {(low & ~1u) | mark, high};
 }
 __device__ __forceinline__ bool has_mark(Word v, u32 mark) { return (v.low & 1) == mark; }
+
+// What is not there yet: two bf16 that no conversion gives, both of them NaN.
+constexpr u32 BLANK = ~0u;
 
 struct Watchdog {
 #ifdef WATCHDOG
@@ -58,6 +68,10 @@ enum Counter { ROWS_DONE, RECENT_DONE, COUNTERS };
 __device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
 
 // By one thread, after a barrier of all that wrote.
+__device__ __forceinline__ void hint(u32* counters, Counter counter) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
+}
+// And everything that they wrote is there.
 __device__ __forceinline__ void arrive(u32* counters, Counter counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
 }
@@ -80,7 +94,7 @@ __device__ __forceinline__ void await(u32* counters, Counter counter, u32 arriva
 __device__ __forceinline__ void meet(u32* counter) {
   Watchdog watchdog;
   __threadfence();
-  u32 target = (atomicAdd(counter, 1) / BLOCKS + 1) * BLOCKS, now;
+  u32 target = (atomicAdd(counter, 1) / gridDim.x + 1) * gridDim.x, now;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
     watchdog.check();

@@ -11,49 +11,24 @@
 namespace {
 
 // A layer has two halves, attention and MLP, which begin with a norm and end with an update of the
-// rows. One more norm follows the last. The code is this short because instructions are fetched anew
-// in every layer.
-__device__ __forceinline__ void compute(const Arguments& a, Block& b) {
-  constexpr int HALVES = 2 * DEPTH;
-  float* actions = b.floats(ACTIONS);
-  Row x;
-  float y[4];
-  if (b.has_row() && b.thread < ACTION_DIM) {
-    actions[b.thread] = a.actions[b.index * ACTION_DIM + b.thread];
-  }
-  all_consumers();
+// rows, and one more norm follows the last; both are what blocks with rows do. The code is this short
+// because instructions are fetched anew in every layer.
+__device__ __forceinline__ void compute(Block& b, const Arguments& a) {
   for (int step = 0; step < STEPS; ++step) {
-    if (b.has_row()) x.embed(b, a, actions);
 #pragma unroll 1
-    for (int half = 0;; ++half) {
-      const bool mlp = half % 2, last = half == HALVES;
-      b.locate();
-      const Scale first(a, step, last ? 0 : half, 0);
-      if (b.has_row()) {
-        x.load(b, a, step, half);
-        if (half) x.add(b, !mlp);
-        x.norm(b, y);
-        if (!last) x.publish(b, y, first.inverse());
-      }
-      if (last) break;
-      b.locate();
+    for (int half = 0; half < 2 * DEPTH; ++half) {
+      const bool mlp = half % 2;
+      const Scale first(a, step, half, 0), second(a, step, half, 1);
       if (mlp) {
-        geglu(b, first.alpha(), Scale(a, step, half, 1).inverse());
+        geglu(b, first, second);
       } else {
-        qkv(b, a, first.alpha());
-        b.locate();
+        qkv(b, a, first);
         attend(b);
-        b.locate();
-        merge(b, Scale(a, step, half, 1).inverse());
+        merge(b, second);
       }
-      b.locate();
-      project(b, mlp, Scale(a, step, half, 1).alpha());
+      project(b, mlp, second);
       b.layer += mlp;
     }
-    if (b.has_row()) x.move(b, a, y, actions, step);
-  }
-  if (b.has_row() && b.thread < ACTION_DIM) {
-    a.actions[b.index * ACTION_DIM + b.thread] = actions[b.thread];
   }
 }
 
@@ -65,6 +40,7 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
   for (int i = X_FULL; i <= RECENT_FULL; i += 8) mbarrier_init(shared + i, 1);
   mbarrier_init(shared + RECENT_STORED, STORING);
   mbarrier_init(shared + X_FREE, PEERS);
+  mbarrier_init(shared + RECENT_COPIED, 1);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -88,25 +64,40 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   b.counters = counters;
   b.index = blockIdx.x;
   b.head = blockIdx.x / PEERS;
-  b.locate();
+  b.rank = cluster_rank();
+  b.thread = threadIdx.x, b.lane = b.thread % 32;
+  b.group = uniform(b.thread / 128), b.warp = uniform(b.thread / 32 % 4);
+  b.row = 16 * b.warp + b.lane / 4;
   b.prefix = uniform(*prefix_count);
   b.decided = uniform(*decided);
 
   if (b.thread == 0) init_barriers(b.shared);
   if (b.index == 0 && b.thread < COUNTERS) *place(counters, b.thread) = 0;
   if (b.thread < CONSUMERS) lay_out_cache(a, b);
+  if (b.thread < 64 && b.index < BLOCKS) blank_recent(b, b.warp);
   __syncthreads();
   if (b.thread == 0) meet(place(counters, COUNTERS));
   cluster_barrier();
   fence_copies();
 
+  const bool has_rows = b.index >= BLOCKS;
   if (b.group < GROUPS) {
-    more_registers<112>();
-    compute(a, b);
+    more_registers<232>();
+    if (has_rows) {
+      update_row(b, a);
+    } else {
+      compute(b, a);
+    }
   } else {
-    fewer_registers<32>();
-    if (b.warp == 0) stream_units(a, b);
-    if (b.warp == 1) fetch_activations(b);
+    fewer_registers<40>();
+    if (has_rows) {
+    } else if (b.warp == 0) {
+      stream_units(a, b);
+    } else if (b.warp == 1) {
+      fetch_rows(b);
+    } else if (b.warp == 2) {
+      fetch_recent(b);
+    }
   }
   cluster_barrier();  // peers may still store here, or read from here
 }

@@ -1,5 +1,5 @@
-// The warps that do not compute: one warp streams weights and cached keys and values into the
-// ring, another waits for what other blocks write and starts copying it.
+// The warps that do not compute: one streams weights and cached keys and values into the ring, two
+// wait for what other blocks write and copy it.
 #pragma once
 #include "block.cuh"
 
@@ -47,42 +47,70 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
   }
 }
 
-// The next X.
-__device__ __forceinline__ void fetch_x(const Block& b, int exchange) {
-  constexpr int PIECE = ROWS * WIDTH * BYTES / PIECES;
-  await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
-  if (!elected()) return;
+__device__ __forceinline__ void fetch_rows(const Block& b) {
+  constexpr int PIECE = X_BYTES / PIECES;
+#pragma unroll 1
+  for (int exchange = 0; exchange < STEPS * DEPTH * 2; ++exchange) {
+    await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
+    if (!elected()) continue;
 #pragma unroll
-  for (int i = 0; i < PIECES; ++i) {
-    mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
-    bulk_copy(b.shared + AREA + i * PIECE, b.buffers + X + i * PIECE, PIECE,
-              b.shared + X_FULL + 8 * i);
+    for (int i = 0; i < PIECES; ++i) {
+      mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
+      bulk_copy(b.shared + AREA + i * PIECE, b.buffers + X + i * PIECE, PIECE,
+                b.shared + X_FULL + 8 * i);
+    }
   }
 }
 
-// Keys and values of the actions, once all blocks have stored theirs.
-__device__ __forceinline__ void fetch_recent(const Block& b, int layer) {
-  wait(b.shared + RECENT_STORED, layer & 1);
-  if (elected()) arrive(b.counters, RECENT_DONE);
-  await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
-  if (!elected()) return;
-  mbarrier_expect(b.shared + RECENT_FULL, RECENT_BYTES);
-  bulk_copy(b.shared + RECENT_KEYS, b.buffers + RECENT + b.rank * RECENT_BYTES, RECENT_BYTES,
-            b.shared + RECENT_FULL);
+// What this block wrote of keys and values of the actions is no longer there. By a warp.
+__device__ __forceinline__ void blank_recent(const Block& b, int layer) {
+  for (int row = b.lane; row < ROWS; row += 32) {
+    *reinterpret_cast<uint4*>(b.buffers + place_of_recent(b.index, row, layer)) =
+        make_uint4(BLANK, BLANK, BLANK, BLANK);
+  }
+  __syncwarp();
+  if (elected()) __threadfence();
 }
 
-__device__ __forceinline__ void fetch_activations(const Block& b) {
+// Whether something in the copy of keys and values is.
+__device__ __forceinline__ bool some_blank(const Block& b) {
+  bool some = false;
+#pragma unroll
+  for (int i = 0; i < RECENT_BYTES / 512; ++i) {
+    const uint4 v = load_shared(b.shared + RECENT_KEYS + i * 512 + b.lane * 16);
+    some |= v.x == BLANK || v.y == BLANK || v.z == BLANK || v.w == BLANK;
+  }
+  return __any_sync(~0u, some);
+}
+
+// Keys and values of the actions, once all blocks have stored theirs.
+__device__ __forceinline__ void fetch_recent(const Block& b) {
+  u32 copies = 0;
+#pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
-    fetch_x(b, 2 * layer);
-    fetch_recent(b, layer);
-    fetch_x(b, 2 * layer + 1);
+    wait(b.shared + RECENT_STORED, layer & 1);
+    if (elected()) hint(b.counters, RECENT_DONE);
+    await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
+    Watchdog watchdog;
+    do {
+      if (elected()) {
+        mbarrier_expect(b.shared + RECENT_COPIED, RECENT_BYTES);
+        bulk_copy(b.shared + RECENT_KEYS,
+                  b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
+                  RECENT_BYTES, b.shared + RECENT_COPIED);
+      }
+      wait(b.shared + RECENT_COPIED, copies++ & 1);
+      watchdog.check();
+    } while (some_blank(b));
+    if (elected()) mbarrier_arrive(b.shared + RECENT_FULL, 1);
+    blank_recent(b, layer + 1);
   }
 }
 
 // Keys and values of the prefix as units of the ring, behind a split's keys zeros. A warp moves four
 // chunks of eight keys.
 __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
-  const int tiles = key_tiles(b.prefix), warps = BLOCKS * CONSUMERS / 32;
+  const int tiles = key_tiles(b.prefix), warps = gridDim.x * CONSUMERS / 32;
   const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
 #pragma unroll 4
   for (int i = b.index * (CONSUMERS / 32) + b.thread / 32; i < pieces; i += warps) {

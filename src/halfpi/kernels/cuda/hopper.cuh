@@ -109,9 +109,12 @@ __device__ __forceinline__ void store_shared(u32 to, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ uint2 load_shared(u32 from) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+__device__ __forceinline__ uint4 load_shared(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 
@@ -162,6 +165,13 @@ __device__ __forceinline__ Word load_word(const void* from) {
   return Word::of(v);
 }
 
+// A constant, loaded here and not where it is used.
+__device__ __forceinline__ float load_early(const float* from) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+  return v;
+}
+
 // Registers of each thread of a warpgroup, moved between the warpgroups of a block.
 template <int COUNT>
 __device__ __forceinline__ void more_registers() {
@@ -200,14 +210,15 @@ __device__ __forceinline__ float high_bf16(u32 word) {
   return __uint_as_float(word & 0xFFFF0000u);
 }
 
-__device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
+// Of four numbers times `factor`.
+__device__ __forceinline__ u32 pack_e4m3(const float* v, float factor) {
   u32 word;
   asm("{\n.reg .b16 low, high;\n"
       "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
       "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
       "mov.b32 %0, {low, high};\n}"
       : "=r"(word)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
+      : "f"(v[0] * factor), "f"(v[1] * factor), "f"(v[2] * factor), "f"(v[3] * factor));
   return word;
 }
 
@@ -228,6 +239,12 @@ __device__ __forceinline__ float log2_fast(float x) {
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_fast(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -273,11 +290,11 @@ template <typename T, typename F>
 struct conditional<false, T, F> { using type = F; };
 
 #define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define R12(d) R4(d, 0), R4(d, 4), R4(d, 8)
 #define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)
 #define D4 "%0,%1,%2,%3"
-#define D16 D4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define D20 D16 ",%16,%17,%18,%19"
-#define D32 D20 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define D12 D4 ",%4,%5,%6,%7,%8,%9,%10,%11"
+#define D32 D12 ",%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MMA(shape, registers, a, b, flags) \
   "wgmma.mma_async.sync.aligned." shape " {" registers "}, " a ", " b ", 1, 1, 1" flags ";"
 
@@ -286,9 +303,8 @@ struct Bf16 {
     asm volatile(MMA("m64n8k16.f32.bf16.bf16", D4, "%4", "%5", ", 0, 0") : R4(d, 0)
                  : "l"(a), "l"(b));
   }
-  __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
-    asm volatile(MMA("m64n40k16.f32.bf16.bf16", D20, "%20", "%21", ", 0, 0")
-                 : R16(d, 0), R4(d, 16)
+  __device__ static __forceinline__ void mma(float (&d)[12], u64 a, u64 b) {
+    asm volatile(MMA("m64n24k16.f32.bf16.bf16", D12, "%12", "%13", ", 0, 0") : R12(d)
                  : "l"(a), "l"(b));
   }
   __device__ static __forceinline__ void mma(float (&d)[32], u64 a, u64 b) {
@@ -305,9 +321,8 @@ struct Bf16 {
 };
 
 struct E4m3 {
-  __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
-    asm volatile(MMA("m64n40k32.f32.e4m3.e4m3", D20, "%20", "%21", "")
-                 : R16(d, 0), R4(d, 16)
+  __device__ static __forceinline__ void mma(float (&d)[12], u64 a, u64 b) {
+    asm volatile(MMA("m64n24k32.f32.e4m3.e4m3", D12, "%12", "%13", "") : R12(d)
                  : "l"(a), "l"(b));
   }
   __device__ static __forceinline__ void mma(float (&d)[32], u64 a, u64 b) {
@@ -318,10 +333,10 @@ struct E4m3 {
 };
 
 #undef R4
+#undef R12
 #undef R16
 #undef D4
-#undef D16
-#undef D20
+#undef D12
 #undef D32
 #undef MMA
 

@@ -26,15 +26,15 @@ struct FromPeers {
 };
 
 // result (64 rows, N) = operand · the ring's next units, an even number. A unit has ROWS_W rows of
-// weights, of which N from `column` on count, and CHUNKS of K, of which this group multiplies one of
-// PARTS. Two units a turn of the loop: the code of more takes longer to fetch than it saves.
-template <typename F, int N, int ROWS_W, int CHUNKS, int PARTS, typename Source>
+// weights, of which N from `column` on count, and CHUNKS of K. Two units a turn of the loop: the code
+// of more takes longer to fetch than it saves.
+template <typename F, int N, int ROWS_W, int CHUNKS, typename Source>
 __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int units, int operand,
-                                         int part, int column, Source source) {
+                                         int column, Source source) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
-  const Matrix activations(b.shared + operand + 2 * part * ROWS * 16, ROWS * 16, 128);
-  const Matrix weights(b.shared + RING + (column + 2 * part * ROWS_W) * 16, ROWS_W * 16, 128);
+  const Matrix activations(b.shared + operand, ROWS * 16, 128);
+  const Matrix weights(b.shared + RING + column * 16, ROWS_W * 16, 128);
   b.ring.slot = uniform(b.ring.slot), b.ring.parity = uniform(b.ring.parity);
   int held = 0;  // the slot whose product may still be under way
 #pragma unroll 1
@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
       settle(result);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
+      for (int k = 0; k < CHUNKS; k += 2) {
         F::mma(result, activations.at((place * CHUNKS + k) * ROWS * 16),
                weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
       }
@@ -66,174 +66,123 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
   b.release(held, 1);
 }
 
-// Four numbers of each thread of a group, for other groups.
-__device__ __forceinline__ float4* quad(const Block& b, int index, int group) {
-  return reinterpret_cast<float4*>(b.memory + GIVEN) + (index * GROUPS + group) * 128 +
-         b.thread % 128;
+// Of tiles of 128 rows: a group multiplies 64 of them.
+template <typename F, typename Source>
+__device__ __forceinline__ void wide_product(float (&result)[32], Block& b, int units, int operand,
+                                             Source source) {
+  multiply<F, 64, TILE, TILE_CHUNKS>(result, b, units, operand, 64 * b.group, source);
 }
 
-// The four numbers from `sum` on += what `group` gave.
-__device__ __forceinline__ void add_quad(float* sum, const Block& b, int index, int group) {
-  const float4 v = *quad(b, index, group);
-  sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-}
-__device__ __forceinline__ void add_other_groups(float (&sum)[4], const Block& b, int index) {
-#pragma unroll
-  for (int g = 0; g < GROUPS; ++g) {
-    if (g != b.group) add_quad(sum, b, index, g);
-  }
-}
-
-// Two neighbours of each of a thread's two rows turn by the angle of their position, bf16.
+// Eight columns of a result: a thread has two neighbours of each of two rows, which turn by the angle
+// of the row's position. Then they are bf16.
 struct Turn {
   float cos[2] = {1.0f, 1.0f}, sin[2] = {0.0f, 0.0f};
 
-  __device__ __forceinline__ void load(const Block& b, const Arguments& a, int column) {
+  __device__ __forceinline__ void load(const Block& b, const Arguments& a, int first) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (b.row + 8 * i >= ROWS) continue;
-      const long at = long(b.prefix + b.row + 8 * i) * (HEAD / 2) + column / 2;
+      const long at = long(b.prefix + b.row + 8 * i) * (HEAD / 2) + first / 2 + b.lane % 4;
       cos[i] = a.cos[at], sin[i] = a.sin[at];
     }
   }
   template <typename Store>
-  __device__ __forceinline__ void apply(const Block& b, const float (&v)[4], float alpha,
+  __device__ __forceinline__ void apply(const Block& b, const float* v, float alpha,
                                         Store store) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (b.row + 8 * i >= ROWS) continue;
       const float even = alpha * v[2 * i], odd = alpha * v[2 * i + 1];
-      store(b.row + 8 * i, pack_bf16(even * cos[i] - odd * sin[i], odd * cos[i] + even * sin[i]));
+      const u32 word = pack_bf16(even * cos[i] - odd * sin[i], odd * cos[i] + even * sin[i]);
+      if (b.row + 8 * i < ROWS) store(b.row + 8 * i, word);
     }
   }
 };
 
-// Queries of this block's share of its head, eight columns a group, to all peers; then eight columns
-// of keys or values, by the first group, to all blocks.
-__device__ __forceinline__ void qkv(Block& b, const Arguments& a, float alpha) {
-  constexpr int QUERY_CHUNKS = HEAD / PEERS / 8;
-  static_assert(QUERY_CHUNKS == GROUPS, "eight columns a group");
-  const bool recent = b.group == 0;
-  const int chunk = QUERY_CHUNKS * b.rank + b.group, column = b.lane % 4 * 2;
-  Turn turn, recent_turn;
-  turn.load(b, a, 8 * chunk + column);
-  if (recent && 8 * b.index < HEAD) recent_turn.load(b, a, 8 * b.index + column);  // keys
-
-  float result[QKV_TILE / 2];
-  multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(
-      result, b, QKV_UNITS, AREA, b.group, 0, PieceOfX<QKV_CHUNKS>{0});
+// This block's share of its head's queries, four chunks of eight columns, to all peers; and a chunk
+// of keys or values of the actions to all blocks. Groups have three chunks each, so one is in both:
+// with the same code for both, less is fetched.
+__device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& scale) {
+  constexpr int QUERY_CHUNKS = HEAD / PEERS / 8, CHUNKS = 3;
+  static_assert(QKV_TILE == 8 * (2 * CHUNKS - 1), "one is in both");
+  const int first = 2 * b.group;
+  Turn turns[CHUNKS];
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    const bool recent = first + i == QUERY_CHUNKS;
+    const int chunk = recent ? b.index : QUERY_CHUNKS * b.rank + first + i;
+    if (8 * chunk < HEAD) turns[i].load(b, a, 8 * chunk);  // not values
+  }
+  float result[4 * CHUNKS];
+  multiply<Format, 8 * CHUNKS, QKV_TILE, QKV_CHUNKS>(result, b, QKV_UNITS, AREA, 8 * first,
+                                                     PieceOfX<QKV_CHUNKS>{0});
+  if (b.group == 1) {
+    turns[CHUNKS - 1].apply(b, result + 4 * (CHUNKS - 1), scale.alpha(), [&](int row, u32 word) {
+      store_relaxed(b.buffers + place_of_recent(b.index, row, b.layer) + b.lane % 4 * 4, word);
+    });
+    mbarrier_arrive(b.shared + RECENT_STORED, 1);
+  }
   all_consumers();  // X is read
   b.free_x();
-  float sum[4] = {}, recent_sum[4] = {};
+  const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
 #pragma unroll
-  for (int j = 0; j <= QUERY_CHUNKS; ++j) {
-    if (j % QUERY_CHUNKS != b.group) {
-      *quad(b, j, b.group) = make_float4(result[4 * j], result[4 * j + 1], result[4 * j + 2],
-                                         result[4 * j + 3]);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) (j < QUERY_CHUNKS ? sum : recent_sum)[i] = result[4 * j + i];
+  for (int i = 0; i < CHUNKS; ++i) {
+    if (first + i == QUERY_CHUNKS) continue;
+    turns[i].apply(b, result + 4 * i, scale.alpha(), [&](int row, u32 word) {
+      store_shared(to + ((first + i) * ROWS + row) * 16, word);
+    });
   }
-  all_consumers();
-  add_other_groups(sum, b, b.group);
-  turn.apply(b, sum, alpha, [&](int row, u32 word) {
-    store_shared(b.shared + QUERIES + (chunk * ROWS + row) * 16 + column * 2, word);
-  });
   wait(b.shared + X_FREE, 0);
   b.share(QUERIES + b.rank * QUERY_PIECE, QUERY_PIECE, QUERIES_FULL, KEY_UNITS);
-  if (!recent) return;
-  add_other_groups(recent_sum, b, QUERY_CHUNKS);
-  recent_turn.apply(b, recent_sum, alpha, [&](int row, u32 word) {
-    const int split = row * PEERS / ROWS, slot = row - Split::begin(split);
-    char* to = b.buffers + RECENT + ((split * BLOCKS + b.index) * RECENT_SLOTS + slot) * 16;
-    store_relaxed(to + column * 2, word);
-  });
-  mbarrier_arrive(b.shared + RECENT_STORED, 1);
 }
 
-// Of a tile of 128 rows, the first whose sums a group ends with.
-__device__ __forceinline__ int quarter(const Block& b) {
-  return TILE / 2 * (b.group % 2) + TILE / 4 * (b.group / 2);
-}
-
-// The next units of tiles of 128 rows. A group multiplies half of the rows and half of K, and gives
-// half of the result to the group that has the other half of K. In the end a thread has eight sums
-// of each of its two rows of the operand: of every eight rows of the tile the same two. IN_AREA: the
-// operand lies where groups give.
-template <typename F, bool IN_AREA = false, typename Source>
-__device__ __forceinline__ void wide_product(float (&sum)[16], Block& b, int units, int operand,
-                                             Source source) {
-  const int half = b.group / 2;
-  float result[TILE / 4];
-  multiply<F, TILE / 2, TILE, TILE_CHUNKS, 2>(result, b, units, operand, half,
-                                              TILE / 2 * (b.group % 2), source);
-  if (IN_AREA) {
-    all_consumers();
-    b.free_x();
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float given[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      // Of a row's eight numbers in either half, the first or last four.
-      const int low = 4 * (i % 2 * 2 + j / 2) + 2 * (i / 2) + j % 2, high = low + 16;
-      given[j] = half ? result[low] : result[high];
-      sum[4 * i + j] = half ? result[high] : result[low];
-    }
-    if (b.row + 8 * (i / 2) < ROWS) {
-      *quad(b, i, b.group) = make_float4(given[0], given[1], given[2], given[3]);
-    }
-  }
-  named_barrier(8 + b.group % 2, CONSUMERS / 2);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (b.row + 8 * (i / 2) < ROWS) add_quad(sum + 4 * i, b, i, b.group ^ 2);
-  }
-}
-
-// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that
-// the eight sums of a row are neighbours.
-__device__ __forceinline__ void project(Block& b, bool mlp, float alpha) {
+// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that a
+// thread has eight neighbours of each half of a group's columns.
+__device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) {
   const u32 mark = mark_of(mlp);
   const int units = mlp ? DOWN_UNITS : OUT_UNITS;
-  float sum[16];
+  float sum[32];
   wide_product<Format>(sum, b, units, mlp ? HIDDEN : MERGED,
                        FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
-  const int column = b.rank * TILE + quarter(b) + b.lane % 4 * 8;
+  const float alpha = scale.alpha();
+  const int column = b.rank * TILE + 64 * b.group + b.lane % 4 * 8;
   char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = b.row + 8 * i;
     if (row >= ROWS) continue;
-    float v[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = alpha * sum[8 * i + j];
-    store_relaxed(to + row * SUMS_BYTES,
-                  Words{marked(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), mark),
-                        marked(pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]), mark)});
+    for (int half = 0; half < 2; ++half) {
+      const float* v = sum + 16 * half + 2 * i;
+      store_relaxed(to + row * SUMS_BYTES + half * 64,
+                    Words{marked(pack_bf16(alpha * v[0], alpha * v[1]),
+                                 pack_bf16(alpha * v[4], alpha * v[5]), mark),
+                          marked(pack_bf16(alpha * v[8], alpha * v[9]),
+                                 pack_bf16(alpha * v[12], alpha * v[13]), mark)});
+    }
   }
 }
 
 __device__ __forceinline__ float gated(float gate, float up) {
-  float u = 1.5957691216f * (gate + 0.044715f * gate * gate * gate);  // 2 √(2/π) …
-  return __fdividef(gate, 1.0f + exp2_fast(-1.44269504f * u)) * up;
+  const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);  // √(2/π) …
+  return 0.5f * gate * (1.0f + tanh_fast(u)) * up;
 }
 
-// Gate and up lie side by side; four hidden columns of two rows a thread.
-__device__ __forceinline__ void geglu(Block& b, float alpha, float inverse_scale) {
-  float sum[16];
-  wide_product<Format, true>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
-  const int column = b.rank * (TILE / 2) + quarter(b) / 2 + b.lane % 4 * 4;
+// Gate and up lie side by side; eight hidden columns of two rows a thread.
+__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
+  float sum[32];
+  wide_product<Format>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
+  all_consumers();
+  b.free_x();
+  const float alpha = scale.alpha(), inverse_scale = next.inverse();
+  const int column = b.rank * (TILE / 2) + 32 * b.group + b.lane % 4 * 8;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = b.row + 8 * i;
     if (row >= ROWS) continue;
-    float hidden[4];
+    float hidden[8];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      hidden[j] = gated(alpha * sum[8 * i + 2 * j], alpha * sum[8 * i + 2 * j + 1]);
+    for (int j = 0; j < 8; ++j) {
+      hidden[j] = gated(alpha * sum[4 * j + 2 * i], alpha * sum[4 * j + 2 * i + 1]);
     }
     store_operand(b, HIDDEN, row, column, hidden, inverse_scale);
   }
