@@ -80,8 +80,13 @@ class ExpertSizes:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of what blocks exchange through L2 (cuda/exchange.cuh)."""
-        rows = self.horizon * self.width * (self.precision.itemsize + 2 * self.q_heads)
-        return rows + 2 * PEERS * 2 * self.head_dim * 2 * 8
+        sums = self.horizon * self.width * 2 * self.q_heads
+        return 2 * self.row_bytes + sums + 2 * PEERS * 2 * self.head_dim * 2 * 8
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all rows as operands, which come in groups of eight."""
+        return -(-self.horizon // 8) * 8 * self.width * self.precision.itemsize
 
     def cache_bytes(self, capacity: int) -> int:
         """Bytes of `capacity` cached keys and values in the layout of the ring."""
@@ -245,6 +250,7 @@ class ExpertSteps:
         ]
         # Slots of keys that no action fills are multiplied by zero, so they must be finite.
         self._buffers = torch.zeros(sizes.buffer_bytes, dtype=torch.uint8, device=device)
+        self._buffers[: 2 * sizes.row_bytes] = 0xFF  # nothing is there (cuda/exchange.cuh)
         self._cache = torch.empty(sizes.cache_bytes(capacity), dtype=torch.uint8, device=device)
         self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
         self._kernel = _load(sizes.defines(), device)

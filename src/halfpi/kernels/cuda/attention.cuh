@@ -147,11 +147,10 @@ struct Attention {
       Bf16::mma_transposed(average[part], weights.at(TILE / 8 * 1024), recent.at(0));
       wgmma_commit();
     }
-    b.ring.advance(KEY_UNITS);
+    b.ring.advance(KEY_UNITS);  // and while that is under way:
     for (int g = 0; g < GROUPS; ++g) {
       for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
     }
-    if (last) send_log_sums(b);
     static_assert(PARTS == 2, "one is multiplied while the other is sent");
     wgmma_wait<1>();
     settle(average[0]);
@@ -163,27 +162,11 @@ struct Attention {
     if (last) send<1>(b);
   }
 
-  // To the peers that merge this group's dimensions, a warp each.
-  __device__ __forceinline__ void send_log_sums(const Block& b) const {
-    float log_sum[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
-    give(b, LOG_SUM, log_sum);
-    fence_async_proxy();
-    b.together();
-    if (b.thread == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
-    const int peer = 4 * b.group + b.warp;
-    if (!elected()) return;
-    bulk_push(in_block(b.shared + LOG_SUMS + b.rank * 256, peer),
-              b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256, 256,
-              in_block(b.shared + AVERAGES_FULL, peer));
-  }
-
-  // The averages of 64 dimensions, of which two peers merge half each.
+  // The averages of a part, of which four peers merge sixteen dimensions each, and once log-sums.
   template <int PART>
   __device__ __forceinline__ void send(const Block& b) const {
-    const int first = 2 * (PARTS * b.group + PART);
-    const u32 to = b.shared + STAGED + first * AVERAGE_PIECE + b.lane % 4 * 4;
+    constexpr int BYTES_OF_PART = AVERAGE_PIECE / PARTS;
+    const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + PART * BYTES_OF_PART;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = b.row + 8 * i;
@@ -192,16 +175,27 @@ struct Attention {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float* v = average[PART] + 4 * j + 2 * i;
-        store_shared(to + (j * ROWS + row) * 16, pack_bf16(v[0] * inverse, v[1] * inverse));
+        store_shared(to + j / 2 * AVERAGE_PIECE + (j % 2 * ROWS + row) * 16 + b.lane % 4 * 4,
+                     pack_bf16(v[0] * inverse, v[1] * inverse));
       }
+    }
+    if (PART == 0) {
+      float log_sum[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
+      give(b, LOG_SUM, log_sum);
     }
     fence_async_proxy();
     b.together();
-    const int peer = first + b.warp;
-    if (b.warp >= 2 || !elected()) return;
-    bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE, peer),
-              b.shared + STAGED + peer * AVERAGE_PIECE, AVERAGE_PIECE,
-              in_block(b.shared + AVERAGES_FULL, peer));
+    if (!elected()) return;
+    const int peer = 4 * b.group + b.warp;
+    const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
+    bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE + PART * BYTES_OF_PART, peer),
+              to + b.warp * AVERAGE_PIECE, BYTES_OF_PART, full);
+    if (PART) return;
+    bulk_push(in_block(b.shared + LOG_SUMS + b.rank * 256, peer),
+              b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256, 256, full);
+    if (peer == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));
   }
 };
 
@@ -250,7 +244,7 @@ __device__ __forceinline__ void merge(const Block& b, const Scale& scale) {
     merge_row(b, sum, column, row);
     store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, scale.inverse());
   }
-  b.share(MERGED + b.rank * MERGED_PIECE, MERGED_PIECE, MERGED_FULL, OUT_UNITS);
+  b.piece_written();
 }
 
 }  // namespace

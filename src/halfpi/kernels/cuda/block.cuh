@@ -8,7 +8,6 @@ namespace {
 
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
 constexpr int THREADS = CONSUMERS + 128;             // the last group copies
-constexpr int STORING = 128;                         // threads with keys and values of actions
 #ifndef ROW_THREADS
 #define ROW_THREADS 256
 #endif
@@ -24,6 +23,7 @@ constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + WIDE_UNITS + DOWN_UNITS) * UNIT;
 constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
+constexpr int HALF_A_TRIP = 350;  // clocks, to L2
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
 using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
@@ -32,23 +32,24 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Shared memory. The area has X; then what attention needs, or hidden activations. Peers push queries
 // and hidden activations to where X was, once this block has told that it is done with it. Averages
-// are staged for peers where queries were. Keys and values of the actions may come while X is read.
-constexpr int X_BYTES = ROWS * WIDTH * BYTES, AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
+// are staged for peers where queries were.
+constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
 constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2, QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
 constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, LOG_SUMS = MERGED + ROWS * HEAD * BYTES;
-constexpr int RECENT_KEYS = larger(LOG_SUMS + PEERS * 256, X_BYTES);
-constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-constexpr int AREA_BYTES = larger(RECENT_KEYS + RECENT_BYTES, HIDDEN + ROWS * MLP / HEADS * BYTES);
+constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
+constexpr int AREA_BYTES = larger(larger(X_BYTES, RECENT_KEYS + RECENT_BYTES),
+                                  HIDDEN + ROWS * MLP / HEADS * BYTES);
 constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
-constexpr int QUERIES_FULL = X_FULL + 8 * PIECES, MERGED_FULL = QUERIES_FULL + 8 * PEERS;
+constexpr int X_COPIED = X_FULL + 8 * PIECES;
+constexpr int QUERIES_FULL = X_COPIED + 8 * PIECES, MERGED_FULL = QUERIES_FULL + 8 * PEERS;
 constexpr int HIDDEN_FULL = MERGED_FULL + 8 * PEERS, AVERAGES_FULL = HIDDEN_FULL + 8 * PEERS;
-constexpr int RECENT_FULL = AVERAGES_FULL + 8, RECENT_STORED = RECENT_FULL + 8;
-constexpr int X_FREE = RECENT_STORED + 8, RECENT_COPIED = X_FREE + 8;
-constexpr int SQUARES = (RECENT_COPIED + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 64;
+constexpr int RECENT_COPIED = AVERAGES_FULL + 8, RECENT_FULL = RECENT_COPIED + 8;
+constexpr int RECENT_STORED = RECENT_FULL + 8, X_FREE = RECENT_STORED + 8;
+constexpr int SQUARES = (X_FREE + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 64;
 static_assert(ACTIONS + 256 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
@@ -100,11 +101,21 @@ __device__ __forceinline__ int key_tiles(int prefix) {  // of the longest split
   return longest > TILE ? (longest + TILE - 1) / TILE : 1;
 }
 
-// Where a block's chunk of the key and value of a row lies among those of a layer.
+// A unit of values has half of what each of four peers merges, so that all peers get something while
+// the other half is multiplied. Of the chunk at `place` among a row's values, which it is.
+__device__ __forceinline__ int value_chunk(int place) {
+  return (place & 0x11) | (place & 0x6) << 1 | (place & 0x8) >> 2;
+}
+__device__ __forceinline__ int place_of_value(int chunk) {
+  return (chunk & 0x11) | (chunk & 0xC) >> 1 | (chunk & 0x2) << 2;
+}
+
+// Where a block's chunk of the keys and values of actions lies in those of a layer.
 __device__ __forceinline__ long place_of_recent(int block, int row, int layer) {
+  constexpr int CHUNKS = HEAD / 8;
   const int split = row * PEERS / ROWS, slot = row - Split::begin(split);
-  return RECENT + layer % 2 * RECENT_BUFFER +
-         ((split * BLOCKS + block) * RECENT_SLOTS + slot) * 16;
+  const int place = block < CHUNKS ? block : CHUNKS + place_of_value(block - CHUNKS);
+  return RECENT + layer % 2 * RECENT_BUFFER + ((split * BLOCKS + place) * RECENT_SLOTS + slot) * 16;
 }
 
 struct Cursor {  // a place in the ring
@@ -121,7 +132,6 @@ __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
 // Peers give an operand in equal pieces. This unit has the piece of `rank`.
 __device__ __forceinline__ int own_unit(int rank, int units) { return rank * units / PEERS; }
-static_assert(PEERS == 4 * GROUPS, "a warp for each peer");
 static_assert(PEERS % OUT_UNITS == 0 && PEERS % DOWN_UNITS == 0 && PEERS % KEY_UNITS == 0,
               "a unit has whole pieces, and units are a power of two");
 
@@ -154,20 +164,10 @@ struct Block {
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
-  // By all that compute, who wrote this block's piece of an operand: it goes to the same place in
-  // all peers. Each copy is started by another warp. barrier: of the first of the operand's units.
-  __device__ __forceinline__ void share(int piece, u32 bytes, int barrier, int units) const {
-    const int own = own_unit(rank, units), peer = 4 * group + warp;
+  // By all that compute and the warp that shares: this block's piece of an operand is written.
+  __device__ __forceinline__ void piece_written() const {
     fence_async_proxy();
-    all_consumers();
-    if (!elected()) return;
-    if (peer != rank) {
-      bulk_push(in_block(shared + piece, peer), shared + piece, bytes,
-                in_block(shared + barrier + 8 * own, peer));
-    }
-    if (peer < units) {
-      mbarrier_expect(shared + barrier + 8 * peer, (PEERS / units - (peer == own)) * bytes);
-    }
+    named_barrier(3, CONSUMERS + 32);
   }
   // All threads of a group meet.
   __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }

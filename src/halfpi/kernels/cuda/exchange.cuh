@@ -4,12 +4,15 @@
 // Through L2 go sums and rows, and keys and values of the actions.
 //
 // Sums are words of eight bytes with a mark that tells whether they are new; a reader loads them
-// again until all are. Rows have a counter: a writer's threads meet and one of them adds 1 with
-// release; one thread of a reader waits until all writers did, then starts a bulk copy.
+// again until all are.
 //
-// A release waits until what was written has reached L2. For keys and values that takes too long, so
-// their counter only hints that a copy is worth its while, and the reader looks at every word of it.
-// They have two buffers in turn, and who has read one makes what he wrote to the other BLANK.
+// Rows, and keys and values, are copied in bulk. A counter tells when that is worth its while: a
+// writer's threads meet and one of them adds 1. It does not tell that all is there, because a release
+// waits until what was written has reached L2, which takes too long. So a reader looks whether
+// something in the copy is BLANK: at a word of whatever one store of a warp fills, which is a line of
+// X or 16 bytes of a sector of keys and values. There are two buffers in turn. Who has written to one,
+// and knows that the other is read, makes that BLANK again, and all of it is there before he adds to
+// the counter again.
 //
 // No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly or
 // through others, for all that read it before.
@@ -25,9 +28,12 @@ constexpr int PEERS = 8, BLOCKS = HEADS * PEERS;  // a cluster has one head
 constexpr int BYTES = FP8 ? 1 : 2;                // of an operand
 constexpr int CHUNK = 16 / BYTES;                 // operands in 16 bytes
 
-// Operands of products are stored as (chunk of K, row, 16 bytes), as wgmma reads shared memory.
-constexpr long X = 0;                                 // of the next qkv or gate/up
-constexpr long RECENT = X + ROWS * WIDTH * BYTES;     // (split, chunk, slot, 16 bytes)
+// Operands of products are stored as wgmma reads shared memory: as (chunk of K, row, 16 bytes), and X
+// as (line of K, row, 128 bytes), where chunks of a line change places (Swizzled).
+constexpr int LINE = 128, LINE_ROWS = (ROWS + 7) / 8 * 8, LINE_BYTES = LINE_ROWS * LINE;
+constexpr int X_BYTES = WIDTH * BYTES / LINE * LINE_BYTES;
+constexpr long X = 0;                     // of qkv, and then of gate/up
+constexpr long RECENT = X + 2 * X_BYTES;  // (split, chunk, slot, 16 bytes)
 constexpr int RECENT_SLOTS = 8, RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS;
 constexpr long RECENT_BUFFER = PEERS * RECENT_BYTES;
 constexpr long SUMS = RECENT + 2 * RECENT_BUFFER;  // (row, cluster, d / 4, Word)
@@ -43,7 +49,7 @@ __device__ __forceinline__ Word marked(u32 low, u32 high, u32 mark) {
 }
 __device__ __forceinline__ bool has_mark(Word v, u32 mark) { return (v.low & 1) == mark; }
 
-// What is not there yet: two bf16 that no conversion gives, both of them NaN.
+// What is not there yet: two or four numbers that no conversion gives, all of them NaN.
 constexpr u32 BLANK = ~0u;
 
 struct Watchdog {
@@ -68,12 +74,8 @@ enum Counter { ROWS_DONE, RECENT_DONE, COUNTERS };
 __device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
 
 // By one thread, after a barrier of all that wrote.
-__device__ __forceinline__ void hint(u32* counters, Counter counter) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
-}
-// And everything that they wrote is there.
 __device__ __forceinline__ void arrive(u32* counters, Counter counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
 }
 
 // By one thread, which may start copies of what was counted afterwards.

@@ -38,9 +38,8 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
     mbarrier_init(shared + EMPTY + 8 * i, 4 * GROUPS);
   }
   for (int i = X_FULL; i <= RECENT_FULL; i += 8) mbarrier_init(shared + i, 1);
-  mbarrier_init(shared + RECENT_STORED, STORING);
+  mbarrier_init(shared + RECENT_STORED, CONSUMERS);
   mbarrier_init(shared + X_FREE, PEERS);
-  mbarrier_init(shared + RECENT_COPIED, 1);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -82,14 +81,12 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
 
   const bool has_rows = b.index >= BLOCKS;
   if (b.group < GROUPS) {
-    more_registers<232>();
     if (has_rows) {
       update_row(b, a);
     } else {
       compute(b, a);
     }
   } else {
-    fewer_registers<40>();
     if (has_rows) {
     } else if (b.warp == 0) {
       stream_units(a, b);
@@ -97,6 +94,8 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
       fetch_rows(b);
     } else if (b.warp == 2) {
       fetch_recent(b);
+    } else {
+      share_pieces(b);
     }
   }
   cluster_barrier();  // peers may still store here, or read from here

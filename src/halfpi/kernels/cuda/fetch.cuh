@@ -1,5 +1,5 @@
 // The warps that do not compute: one streams weights and cached keys and values into the ring, two
-// wait for what other blocks write and copy it.
+// copy what other blocks write, one gives peers what this block wrote.
 #pragma once
 #include "block.cuh"
 
@@ -47,17 +47,72 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
   }
 }
 
+// Whether something of LINES lines of X is blank. A warp looks at a word of each, in all banks.
+template <int LINES>
+__device__ __forceinline__ bool some_blank_line(const Block& b, u32 copy) {
+  bool some = false;
+#pragma unroll
+  for (int i = 0; i < (LINES + 31) / 32; ++i) {
+    const int line = i * 32 + b.lane;
+    const bool is_row = line % LINE_ROWS < ROWS && line < LINES;
+    const bool is_blank = load_shared_word(copy + line * LINE + b.lane * 4) == BLANK;
+    some |= is_row & is_blank;
+  }
+  return __any_sync(~0u, some);
+}
+
+// The same of keys and values, of each 16 bytes.
+__device__ __forceinline__ bool some_blank_chunk(const Block& b, u32 copy) {
+  bool some = false;
+#pragma unroll
+  for (int i = 0; i < RECENT_BYTES / 512; ++i) {
+    some |= load_shared_word(copy + i * 512 + b.lane * 16 + b.lane / 8 * 4) == BLANK;
+  }
+  return __any_sync(~0u, some);
+}
+
+// A copy of what several blocks write, again until nothing in it is blank.
+struct Copy {
+  u32 to;
+  const char* from;
+  u32 bytes, copied, full;  // barriers: copied, and nothing is blank
+
+  __device__ __forceinline__ void start() const {
+    if (!elected()) return;
+    mbarrier_expect(copied, bytes);
+    bulk_copy(to, from, bytes, copied);
+  }
+  template <typename SomeBlank>
+  __device__ __forceinline__ void finish(u32& parity, SomeBlank some_blank) const {
+    Watchdog watchdog;
+    while (true) {
+      wait(copied, parity);
+      parity ^= 1;
+      if (!some_blank()) break;
+      start();
+      watchdog.check();
+    }
+    if (elected()) mbarrier_arrive(full, 1);
+  }
+};
+
 __device__ __forceinline__ void fetch_rows(const Block& b) {
   constexpr int PIECE = X_BYTES / PIECES;
+  u32 parities[PIECES] = {};
 #pragma unroll 1
   for (int exchange = 0; exchange < STEPS * DEPTH * 2; ++exchange) {
+    const char* from = b.buffers + X + exchange % 2 * X_BYTES;
+    auto piece = [&](int i) {
+      return Copy{b.shared + AREA + i * PIECE, from + i * PIECE, PIECE,
+                  b.shared + X_COPIED + 8 * i, b.shared + X_FULL + 8 * i};
+    };
     await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
-    if (!elected()) continue;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) piece(i).start();
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
-      mbarrier_expect(b.shared + X_FULL + 8 * i, PIECE);
-      bulk_copy(b.shared + AREA + i * PIECE, b.buffers + X + i * PIECE, PIECE,
-                b.shared + X_FULL + 8 * i);
+      const Copy copy = piece(i);
+      copy.finish(parities[i], [&] { return some_blank_line<PIECE / LINE>(b, copy.to); });
     }
   }
 }
@@ -72,38 +127,54 @@ __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
   if (elected()) __threadfence();
 }
 
-// Whether something in the copy of keys and values is.
-__device__ __forceinline__ bool some_blank(const Block& b) {
-  bool some = false;
-#pragma unroll
-  for (int i = 0; i < RECENT_BYTES / 512; ++i) {
-    const uint4 v = load_shared(b.shared + RECENT_KEYS + i * 512 + b.lane * 16);
-    some |= v.x == BLANK || v.y == BLANK || v.z == BLANK || v.w == BLANK;
-  }
-  return __any_sync(~0u, some);
-}
-
-// Keys and values of the actions, once all blocks have stored theirs.
+// Keys and values of the actions.
 __device__ __forceinline__ void fetch_recent(const Block& b) {
-  u32 copies = 0;
+  u32 parity = 0;
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     wait(b.shared + RECENT_STORED, layer & 1);
-    if (elected()) hint(b.counters, RECENT_DONE);
+    if (elected()) arrive(b.counters, RECENT_DONE);
     await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
-    Watchdog watchdog;
-    do {
-      if (elected()) {
-        mbarrier_expect(b.shared + RECENT_COPIED, RECENT_BYTES);
-        bulk_copy(b.shared + RECENT_KEYS,
-                  b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
-                  RECENT_BYTES, b.shared + RECENT_COPIED);
-      }
-      wait(b.shared + RECENT_COPIED, copies++ & 1);
-      watchdog.check();
-    } while (some_blank(b));
-    if (elected()) mbarrier_arrive(b.shared + RECENT_FULL, 1);
+    const Copy copy{b.shared + RECENT_KEYS,
+                    b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
+                    RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
+    copy.start();
+    copy.finish(parity, [&] { return some_blank_chunk(b, copy.to); });
     blank_recent(b, layer + 1);
+  }
+}
+
+// This block's piece of an operand, once it is written, to the same place in all peers: first to those
+// that will multiply it first (FromPeers). No two blocks send to the same peer at a time. barrier: of
+// the first of the operand's units. over_x: it lies where X was, which all peers have read the
+// first or second time of a layer.
+enum OverX { FIRST, SECOND, NOT };
+__device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, int barrier,
+                                      int units, OverX over_x) {
+  const int pieces = PEERS / units, own = own_unit(b.rank, units);  // of a unit
+  if (elected()) {
+    for (int unit = 0; unit < units; ++unit) {
+      mbarrier_expect(b.shared + barrier + 8 * unit, (pieces - (unit == own)) * bytes);
+    }
+  }
+  named_barrier(3, CONSUMERS + 32);
+  if (over_x != NOT) wait(b.shared + X_FREE, over_x);
+  if (!elected()) return;
+  const u32 piece = b.shared + operand + b.rank * bytes, full = b.shared + barrier + 8 * own;
+#pragma unroll 1
+  for (int i = 1; i < PEERS; ++i) {
+    const int unit = (own - i / pieces) & (units - 1);
+    const int peer = unit * pieces + ((b.rank + i) & (pieces - 1));
+    bulk_push(in_block(piece, peer), piece, bytes, in_block(full, peer));
+  }
+}
+
+__device__ __forceinline__ void share_pieces(const Block& b) {
+#pragma unroll 1
+  for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
+    share(b, QUERIES, QUERY_PIECE, QUERIES_FULL, KEY_UNITS, FIRST);
+    share(b, MERGED, MERGED_PIECE, MERGED_FULL, OUT_UNITS, NOT);
+    share(b, HIDDEN, HIDDEN_PIECE, HIDDEN_FULL, DOWN_UNITS, SECOND);
   }
 }
 
@@ -124,9 +195,9 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
     if (place < split.keys) {
       long row = layer * a.capacity + split.first + place;
       // Of keys, the dimensions of which the block has queries come first (product.cuh).
-      const int first = tile % 2 ? 0 : own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
-      v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) +
-                                          (chunk + first) % (HEAD / 8) * 16);
+      const int first = own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
+      const int which = tile % 2 ? value_chunk(chunk) : (chunk + first) % (HEAD / 8);
+      v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);
     }
     *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + (chunk * TILE + key) * 16) = v;
   }

@@ -118,6 +118,12 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
   return v;
 }
 
+__device__ __forceinline__ u32 load_shared_word(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  return v;
+}
+
 // Makes ordinary writes to shared memory visible to wgmma; a barrier must follow.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -170,16 +176,6 @@ __device__ __forceinline__ float load_early(const float* from) {
   float v;
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
   return v;
-}
-
-// Registers of each thread of a warpgroup, moved between the warpgroups of a block.
-template <int COUNT>
-__device__ __forceinline__ void more_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-template <int COUNT>
-__device__ __forceinline__ void fewer_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // One thread of a warp whose threads do the same, so that all that it needs is in the registers
@@ -281,6 +277,14 @@ struct Matrix {
   // Of the part that begins `bytes` further on.
   __device__ __forceinline__ u64 at(u32 bytes) const {
     return static_cast<u64>(high) << 32 | (low + (bytes >> 4));
+  }
+};
+
+// A matrix of lines of 128 bytes, from an address that is a multiple of 1024. Of row r the chunk of 16
+// bytes that belongs at c lies at c ^ (r % 8).
+struct Swizzled : Matrix {
+  __device__ __forceinline__ explicit Swizzled(u32 address) : Matrix(address, 16, 1024) {
+    high |= 1u << 30;
   }
 };
 

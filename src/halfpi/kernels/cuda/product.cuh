@@ -8,6 +8,11 @@ namespace {
 template <int CHUNKS>
 struct PieceOfX {
   int parity;
+  using Operand = Swizzled;
+  __device__ static __forceinline__ Operand of(u32 address) { return Operand(address); }
+  __device__ static __forceinline__ u32 offset(int chunk) {
+    return chunk / 8 * LINE_BYTES + chunk % 8 * 16;
+  }
   __device__ __forceinline__ int place(int unit) const { return unit; }
   __device__ __forceinline__ void wait(const Block& b, int place) const {
     constexpr int UNITS = PIECE_CHUNKS / CHUNKS;
@@ -16,6 +21,11 @@ struct PieceOfX {
 };
 // Other operands come from peers, and a block begins with its own piece (expert_stream.py).
 struct FromPeers {
+  using Operand = Matrix;
+  __device__ static __forceinline__ Operand of(u32 address) {
+    return Operand(address, ROWS * 16, 128);
+  }
+  __device__ static __forceinline__ u32 offset(int chunk) { return chunk * ROWS * 16; }
   int barrier, last, first;
   __device__ __forceinline__ FromPeers(const Block& b, int barrier, int units)
       : barrier(barrier), last(units - 1), first(own_unit(b.rank, units)) {}
@@ -33,7 +43,7 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
                                          int column, Source source) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
-  const Matrix activations(b.shared + operand, ROWS * 16, 128);
+  const typename Source::Operand activations = Source::of(b.shared + operand);
   const Matrix weights(b.shared + RING + column * 16, ROWS_W * 16, 128);
   b.ring.slot = uniform(b.ring.slot), b.ring.parity = uniform(b.ring.parity);
   int held = 0;  // the slot whose product may still be under way
@@ -49,7 +59,7 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < CHUNKS; k += 2) {
-        F::mma(result, activations.at((place * CHUNKS + k) * ROWS * 16),
+        F::mma(result, activations.at(Source::offset(place * CHUNKS + k)),
                weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
       }
       wgmma_commit();
@@ -119,8 +129,8 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
     turns[CHUNKS - 1].apply(b, result + 4 * (CHUNKS - 1), scale.alpha(), [&](int row, u32 word) {
       store_relaxed(b.buffers + place_of_recent(b.index, row, b.layer) + b.lane % 4 * 4, word);
     });
-    mbarrier_arrive(b.shared + RECENT_STORED, 1);
   }
+  mbarrier_arrive(b.shared + RECENT_STORED, 1);  // and X is read
   all_consumers();  // X is read
   b.free_x();
   const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
@@ -131,8 +141,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
       store_shared(to + ((first + i) * ROWS + row) * 16, word);
     });
   }
-  wait(b.shared + X_FREE, 0);
-  b.share(QUERIES + b.rank * QUERY_PIECE, QUERY_PIECE, QUERIES_FULL, KEY_UNITS);
+  b.piece_written();
 }
 
 // Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that a
@@ -186,8 +195,7 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
     }
     store_operand(b, HIDDEN, row, column, hidden, inverse_scale);
   }
-  wait(b.shared + X_FREE, 1);
-  b.share(HIDDEN + b.rank * HIDDEN_PIECE, HIDDEN_PIECE, HIDDEN_FULL, DOWN_UNITS);
+  b.piece_written();
 }
 
 }  // namespace

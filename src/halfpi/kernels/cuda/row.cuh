@@ -57,22 +57,44 @@ struct Row {
   __device__ void add(const Block& b, bool mlp) {
     const char* from = b.buffers + SUMS + index * SUMS_BYTES + thread * 8;
     const u32 mark = mark_of(mlp);
-    Word v[WORDS * HEADS];
+    constexpr int COUNT = WORDS * HEADS;
+    Word v[COUNT], t[2][COUNT];
 #pragma unroll
-    for (Word& word : v) word.low = ~mark;
-    bool all;
-    Watchdog watchdog;
-    do {
+    for (int i = 0; i < COUNT; ++i) v[i].low = t[0][i].low = t[1][i].low = ~mark;
+    auto load = [&](Word (&to)[COUNT]) {
 #pragma unroll
-      for (int i = 0; i < WORDS * HEADS; ++i) {
+      for (int i = 0; i < COUNT; ++i) {
         if (has_mark(v[i], mark)) continue;
-        v[i] = load_word(from + i / HEADS * (ROW_THREADS * 8) + i % HEADS * (WIDTH * 2));
+        to[i] = load_word(from + i / HEADS * (ROW_THREADS * 8) + i % HEADS * (WIDTH * 2));
       }
-      all = true;
+    };
+    auto take = [&](const Word (&of)[COUNT], bool& some) {
+      bool all = true;
 #pragma unroll
-      for (const Word& word : v) all &= has_mark(word, mark);
-      watchdog.check();
-    } while (!all);
+      for (int i = 0; i < COUNT; ++i) {
+        if (has_mark(of[i], mark)) v[i] = of[i];
+        const bool here = has_mark(v[i], mark);
+        all &= here, some |= here;
+      }
+      return __all_sync(~0u, all);
+    };
+    bool some, all;
+    do {
+      some = false;
+      load(t[0]);
+      all = take(t[0], some);
+    } while (!__any_sync(~0u, some));
+    if (!all) {
+      load(t[0]);
+      const u32 begin = clock();
+      while (clock() - begin < HALF_A_TRIP) {}
+      while (true) {
+        load(t[1]);
+        if (take(t[0], some)) break;
+        load(t[0]);
+        if (take(t[1], some)) break;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -110,20 +132,38 @@ struct Row {
     }
   }
 
-  // To all blocks, as operands.
-  __device__ void publish(const Block& b, const float4 (&y)[WORDS], float inverse_scale) const {
+  // To all blocks, as operands; and what they had before becomes blank.
+  __device__ void publish(const Block& b, const float4 (&y)[WORDS], float inverse_scale,
+                          int half) const {
+    char* now = b.buffers + X + half % 2 * X_BYTES;
+    char* other = b.buffers + X + (half + 1) % 2 * X_BYTES;
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
-      const int column = 4 * (thread + i * ROW_THREADS);
-      char* to = b.buffers + X + (column / CHUNK * ROWS + index) * 16 + column % CHUNK * BYTES;
       if constexpr (FP8) {
-        store_relaxed(to, pack_e4m3(&y[i].x, inverse_scale));
+        store_relaxed(now + place(i), pack_e4m3(&y[i].x, inverse_scale));
       } else {
-        store_relaxed(to, Word{pack_bf16(y[i].x, y[i].y), pack_bf16(y[i].z, y[i].w)});
+        store_relaxed(now + place(i), Word{pack_bf16(y[i].x, y[i].y), pack_bf16(y[i].z, y[i].w)});
       }
     }
     together();
     if (thread == 0) arrive(b.counters, ROWS_DONE);
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      if constexpr (FP8) {
+        store_relaxed(other + place(i), BLANK);
+      } else {
+        store_relaxed(other + place(i), Word{BLANK, BLANK});
+      }
+    }
+    together();
+    if (thread == 0) __threadfence();  // before the next arrival
+  }
+
+  // Of four columns in an operand.
+  __device__ int place(int word) const {
+    const int column = 4 * (thread + word * ROW_THREADS);
+    const int at = column * BYTES, chunk = at % LINE / 16 ^ index % 8;
+    return at / LINE * LINE_BYTES + index * LINE + chunk * 16 + at % 16;
   }
 
   // The velocity of this row, guided, moves its actions, unless they are decided.
@@ -175,7 +215,7 @@ __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
       if (half) row.add(b, half % 2 == 0);
       row.norm(y);
       if (last) break;
-      row.publish(b, y, inverse_scale);
+      row.publish(b, y, inverse_scale, half);
     }
     row.move(b, a, y, step);
   }
