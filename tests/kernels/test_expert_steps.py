@@ -363,6 +363,16 @@ class TestOnHopper:
         first = case.run(kernel)
         assert all(torch.equal(case.run(kernel), first) for _ in range(300))
 
+    def test_nan_in_is_nan_out(self, precision: torch.dtype) -> None:
+        """What blocks wait for is a NaN that no input makes (cuda/exchange.cuh)."""
+        case = Case(dataclasses.replace(SMALL, precision=precision), 100)
+        kernel = case.build()
+        clean, noise = case.run(kernel), case.noise.clone()
+        case.noise[2] = torch.nan
+        assert case.run(kernel)[2].isnan().all()
+        case.noise.copy_(noise)
+        assert torch.equal(case.run(kernel), clean)
+
     def test_a_graph_replays_the_launch(self, precision: torch.dtype) -> None:
         case = Case(dataclasses.replace(SMALL, precision=precision), 100)
         kernel = case.build()

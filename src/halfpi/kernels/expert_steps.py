@@ -4,9 +4,10 @@ A step of the action expert is a chain of small products with M = h rows. As sep
 costs more than its bytes, because its ramp is exposed. Here 64 SMs keep one block each for the
 whole stage, in clusters of eight: a cluster has one attention head and an eighth of the hidden
 activations, which its blocks hand to each other from shared memory to shared memory. Only what
-sums over clusters goes through L2: twice a layer, and back. The weights of a block are packed, in
-the order in which it reads them, into one stream of bytes (expert_stream.py); a warp copies the
-stream into a ring in shared memory and runs ahead of the dependency chain.
+sums over clusters goes through L2: twice a layer, to blocks on other SMs that have the rows of the
+actions, and back. The weights of a block are packed, in the order in which it reads them, into one
+stream of bytes (expert_stream.py); a warp copies the stream into a ring in shared memory and runs
+ahead of the dependency chain.
 
 The CUDA source lies in `cuda/` and is compiled at run time through `cuda-core` (extra `hopper`).
 """
@@ -40,7 +41,8 @@ _LONGEST = 64  # horizon: the rows of a tile
 _THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 3  # 128 bytes apart
-_GRID = 120
+_ROW_BLOCKS = 56  # which fit beside the others
+_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,17 @@ class ExpertSizes:
                 raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
 
     @property
+    def rows_per_block(self) -> int:
+        """Rows of the actions of a block that has any. One is faster, if there is room for it."""
+        return 1 if self.horizon <= _ROW_BLOCKS else 2
+
+    @property
+    def blocks(self) -> int:
+        """Of a launch, in whole clusters."""
+        row_blocks = -(-self.horizon // self.rows_per_block)
+        return BLOCKS + -(-row_blocks // PEERS) * PEERS
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of what blocks exchange through L2 (cuda/exchange.cuh)."""
         sums = self.horizon * self.width * 2 * self.q_heads
@@ -97,6 +110,7 @@ class ExpertSizes:
         """Constants of the CUDA source."""
         return {
             "HORIZON": self.horizon,
+            "ROWS_PER_BLOCK": self.rows_per_block,
             "STEPS": self.steps,
             "DEPTH": self.depth,
             "ACTION_DIM": self.action_dim,
@@ -194,7 +208,10 @@ def _attended(qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Ten
 
 
 def supports(sizes: ExpertSizes, device: torch.device) -> bool:
-    """Whether the kernel can do `sizes`, and `device` is a Hopper GPU with enough SMs."""
+    """Whether the kernel can do `sizes`, and `device` is a Hopper GPU with enough SMs.
+
+    Fifteen clusters of eight blocks fit 132 of them, as an H100 SXM and an H200 have.
+    """
     try:
         sizes.check()
     except ValueError:
@@ -203,7 +220,7 @@ def supports(sizes: ExpertSizes, device: torch.device) -> bool:
         return False
     properties = torch.cuda.get_device_properties(device)
     is_hopper = (properties.major, properties.minor) == (9, 0)
-    return is_hopper and properties.multi_processor_count >= BLOCKS
+    return is_hopper and properties.multi_processor_count >= _MULTIPROCESSORS
 
 
 class ExpertSteps:
@@ -300,9 +317,9 @@ class ExpertSteps:
         ):  # fmt: skip
             check(name, tensor, shape, dtype)
         _launch(
-            self._kernel, self._device, self._stream, self._buffers, self._cache, self._counters,
-            actions, keys, values, self._capacity, prefix_count, decided, cos, sin, modulations,
-            target, weights, gains, *self._constants,
+            self._kernel, size.blocks, self._device, self._stream, self._buffers, self._cache,
+            self._counters, actions, keys, values, self._capacity, prefix_count, decided, cos, sin,
+            modulations, target, weights, gains, *self._constants,
         )  # fmt: skip
 
 
@@ -356,12 +373,12 @@ def _load(defines: dict[str, int], device: torch.device) -> object:
     return kernel
 
 
-def _launch(kernel: object, device: torch.device, *arguments: Tensor | int) -> None:
+def _launch(kernel: object, grid: int, device: torch.device, *arguments: Tensor | int) -> None:
     """Launch on torch's current stream; cooperative, because its blocks wait for each other."""
     from cuda import core
 
     config = core.LaunchConfig(
-        grid=_GRID, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
+        grid=grid, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
     )
     values = (one if isinstance(one, int) else one.data_ptr() for one in arguments)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)

@@ -6,11 +6,9 @@ using namespace exchange;
 
 namespace {
 
-constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS;  // warpgroups that compute
-constexpr int THREADS = CONSUMERS + 128;             // the last group copies
-#ifndef ROW_THREADS
-#define ROW_THREADS 256
-#endif
+constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS;      // warpgroups that compute
+constexpr int THREADS = CONSUMERS + 128;                 // the last group copies
+constexpr int ROW_THREADS = CONSUMERS / ROWS_PER_BLOCK;  // of a row of the actions
 
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
 constexpr int UNIT = 16384;
@@ -23,16 +21,16 @@ constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + WIDE_UNITS + DOWN_UNITS) * UNIT;
 constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
-constexpr int HALF_A_TRIP = 350;  // clocks, to L2
+constexpr int HALF_A_TRIP = 350;  // in clocks, of a load from L2
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
 using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory. The area has X; then what attention needs, or hidden activations. Peers push queries
-// and hidden activations to where X was, once this block has told that it is done with it. Averages
-// are staged for peers where queries were.
+// Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
+// activations. Peers push queries and hidden activations to where X was, once this block has told that
+// it is done with it. Averages are staged for peers where queries were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
 constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2, QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
@@ -140,7 +138,7 @@ struct Block {
   char* memory;
   char* buffers;
   u32* counters;
-  int index, head, rank;         // in the launch; index = 8 head + rank
+  int index, head, rank;         // in the launch; index = 8 head + rank; behind them blocks with rows
   int thread, group, warp, lane;  // warp of the group
   int row;                       // of the two of a thread in a product, the first: the other is 8 on
   int prefix, decided;           // counts of keys, and of rows that stay as they are
@@ -167,8 +165,9 @@ struct Block {
   // By all that compute and the warp that shares: this block's piece of an operand is written.
   __device__ __forceinline__ void piece_written() const {
     fence_async_proxy();
-    named_barrier(3, CONSUMERS + 32);
+    until_piece_written();
   }
+  __device__ __forceinline__ void until_piece_written() const { named_barrier(6, CONSUMERS + 32); }
   // All threads of a group meet.
   __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }
 };

@@ -1,8 +1,8 @@
 // All denoise steps of the action expert in one launch; see expert_steps.py for the mathematics.
 //
-// Eight clusters of eight blocks, one block an SM. A cluster has one head, and a share of the hidden
-// activations, which its blocks exchange from shared memory to shared memory; only sums over
-// clusters, and the rows that they update, go through L2.
+// Eight clusters of eight blocks multiply, one block an SM. A cluster has one head, and a share of the
+// hidden activations, which its blocks exchange from shared memory to shared memory; only sums over
+// clusters, and the rows that they update, go through L2. More clusters have the rows.
 #include "attention.cuh"
 #include "fetch.cuh"
 #include "product.cuh"
@@ -10,8 +10,8 @@
 
 namespace {
 
-// A layer has two halves, attention and MLP, which begin with a norm and end with an update of the
-// rows, and one more norm follows the last; both are what blocks with rows do. The code is this short
+// A layer has two halves, attention and MLP. Each begins with a norm and ends with an update of the
+// rows, and one more norm follows the last: that is what blocks with rows do. The code is this short
 // because instructions are fetched anew in every layer.
 __device__ __forceinline__ void compute(Block& b, const Arguments& a) {
   for (int step = 0; step < STEPS; ++step) {
@@ -79,24 +79,18 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   cluster_barrier();
   fence_copies();
 
-  const bool has_rows = b.index >= BLOCKS;
-  if (b.group < GROUPS) {
-    if (has_rows) {
-      update_row(b, a);
-    } else {
-      compute(b, a);
-    }
+  if (b.index >= BLOCKS) {
+    if (b.thread < CONSUMERS) update_row(b, a);
+  } else if (b.group < GROUPS) {
+    compute(b, a);
+  } else if (b.warp == 0) {
+    stream_units(a, b);
+  } else if (b.warp == 1) {
+    fetch_rows(b);
+  } else if (b.warp == 2) {
+    fetch_recent(b);
   } else {
-    if (has_rows) {
-    } else if (b.warp == 0) {
-      stream_units(a, b);
-    } else if (b.warp == 1) {
-      fetch_rows(b);
-    } else if (b.warp == 2) {
-      fetch_recent(b);
-    } else {
-      share_pieces(b);
-    }
+    share_pieces(b);
   }
   cluster_barrier();  // peers may still store here, or read from here
 }

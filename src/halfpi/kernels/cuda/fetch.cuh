@@ -11,12 +11,12 @@ struct Filler {
   int slot = 0;
   u32 parity = 1;  // of the slot before this turn: the first turn does not wait
 
-  template <typename Copy>
-  __device__ __forceinline__ void fill(u32 bytes, Copy copy) {
+  template <typename Start>
+  __device__ __forceinline__ void fill(u32 bytes, Start start) {
     wait(shared + EMPTY + 8 * slot, parity);
     if (elected()) {
       mbarrier_expect(shared + FULL + 8 * slot, bytes);
-      copy(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
+      start(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
     }
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
@@ -96,6 +96,7 @@ struct Copy {
   }
 };
 
+// X, twice a layer.
 __device__ __forceinline__ void fetch_rows(const Block& b) {
   constexpr int PIECE = X_BYTES / PIECES;
   u32 parities[PIECES] = {};
@@ -117,7 +118,7 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
   }
 }
 
-// What this block wrote of keys and values of the actions is no longer there. By a warp.
+// What this block wrote of the keys and values of a layer is no longer there. By a warp.
 __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
   for (int row = b.lane; row < ROWS; row += 32) {
     *reinterpret_cast<uint4*>(b.buffers + place_of_recent(b.index, row, layer)) =
@@ -144,11 +145,12 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
   }
 }
 
+// The operand lies where X was, which peers have read the first or second time of a layer; or not.
+enum OverX { FIRST, SECOND, NOT };
+
 // This block's piece of an operand, once it is written, to the same place in all peers: first to those
 // that will multiply it first (FromPeers). No two blocks send to the same peer at a time. barrier: of
-// the first of the operand's units. over_x: it lies where X was, which all peers have read the
-// first or second time of a layer.
-enum OverX { FIRST, SECOND, NOT };
+// the first of the operand's units.
 __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, int barrier,
                                       int units, OverX over_x) {
   const int pieces = PEERS / units, own = own_unit(b.rank, units);  // of a unit
@@ -157,7 +159,7 @@ __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, in
       mbarrier_expect(b.shared + barrier + 8 * unit, (pieces - (unit == own)) * bytes);
     }
   }
-  named_barrier(3, CONSUMERS + 32);
+  b.until_piece_written();
   if (over_x != NOT) wait(b.shared + X_FREE, over_x);
   if (!elected()) return;
   const u32 piece = b.shared + operand + b.rank * bytes, full = b.shared + barrier + 8 * own;

@@ -1,4 +1,5 @@
-// What one block does for its row of the actions; the residual never leaves its registers.
+// What the other blocks do, each for a row or two of the actions, whose residual never leaves their
+// registers.
 #pragma once
 #include "block.cuh"
 
@@ -14,14 +15,14 @@ struct Row {
 
   __device__ Row(const Block& b) {
     const int place = b.thread / ROW_THREADS;
-    index = (b.index - BLOCKS) * (CONSUMERS / ROW_THREADS) + place;
+    index = (b.index - BLOCKS) * ROWS_PER_BLOCK + place;
     thread = b.thread % ROW_THREADS;
     squares = b.floats(SQUARES) + place * 8;
     actions = b.floats(ACTIONS) + place * 32;
     hidden = reinterpret_cast<float4*>(b.floats(AREA)) + place * (WIDTH / 4);
   }
   __device__ void together() const {
-    named_barrier(2 + index % (CONSUMERS / ROW_THREADS), ROW_THREADS);
+    named_barrier(2 + index % ROWS_PER_BLOCK, ROW_THREADS);
   }
   // Of a table of `WIDTH` numbers.
   __device__ float4 at(const float* table, int word) const {
@@ -53,14 +54,15 @@ struct Row {
     }
   }
 
-  // x += gate · Σ of all clusters, in order, as soon as they are there.
+  // x += gate · Σ of all clusters, in order, as soon as they are there. Once some are, there are two
+  // sets of loads under way, half a trip apart, so that the last is seen early.
   __device__ void add(const Block& b, bool mlp) {
     const char* from = b.buffers + SUMS + index * SUMS_BYTES + thread * 8;
     const u32 mark = mark_of(mlp);
     constexpr int COUNT = WORDS * HEADS;
-    Word v[COUNT], t[2][COUNT];
+    Word v[COUNT], loaded[2][COUNT];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i].low = t[0][i].low = t[1][i].low = ~mark;
+    for (int i = 0; i < COUNT; ++i) v[i].low = loaded[0][i].low = loaded[1][i].low = ~mark;
     auto load = [&](Word (&to)[COUNT]) {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
@@ -68,32 +70,34 @@ struct Row {
         to[i] = load_word(from + i / HEADS * (ROW_THREADS * 8) + i % HEADS * (WIDTH * 2));
       }
     };
-    auto take = [&](const Word (&of)[COUNT], bool& some) {
-      bool all = true;
+    bool some = false, all;
+    auto take = [&](const Word (&of)[COUNT]) {
+      all = true;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
         if (has_mark(of[i], mark)) v[i] = of[i];
-        const bool here = has_mark(v[i], mark);
-        all &= here, some |= here;
+        some |= has_mark(v[i], mark), all &= has_mark(v[i], mark);
       }
-      return __all_sync(~0u, all);
+      all = __all_sync(~0u, all);
     };
-    bool some, all;
+    Watchdog watchdog;
     do {
-      some = false;
-      load(t[0]);
-      all = take(t[0], some);
+      load(loaded[0]);
+      take(loaded[0]);
+      watchdog.check();
     } while (!__any_sync(~0u, some));
     if (!all) {
-      load(t[0]);
+      load(loaded[0]);
       const u32 begin = clock();
       while (clock() - begin < HALF_A_TRIP) {}
-      while (true) {
-        load(t[1]);
-        if (take(t[0], some)) break;
-        load(t[0]);
-        if (take(t[1], some)) break;
-      }
+    }
+    while (!all) {
+      load(loaded[1]);
+      take(loaded[0]);
+      if (all) break;
+      load(loaded[0]);
+      take(loaded[1]);
+      watchdog.check();
     }
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
