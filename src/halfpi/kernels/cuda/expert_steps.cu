@@ -38,7 +38,7 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
     mbarrier_init(shared + EMPTY + 8 * i, 4 * GROUPS);
   }
   for (int i = X_FULL; i <= RECENT_FULL; i += 8) mbarrier_init(shared + i, 1);
-  mbarrier_init(shared + RECENT_STORED, CONSUMERS);
+  mbarrier_init(shared + RECENT_STORED, 128);
   mbarrier_init(shared + X_FREE, PEERS);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

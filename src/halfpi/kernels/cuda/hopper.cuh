@@ -294,11 +294,11 @@ template <typename T, typename F>
 struct conditional<false, T, F> { using type = F; };
 
 #define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define R12(d) R4(d, 0), R4(d, 4), R4(d, 8)
 #define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)
+#define R20(d) R16(d, 0), R4(d, 16)
 #define D4 "%0,%1,%2,%3"
-#define D12 D4 ",%4,%5,%6,%7,%8,%9,%10,%11"
-#define D32 D12 ",%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define D20 D4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19"
+#define D32 D20 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MMA(shape, registers, a, b, flags) \
   "wgmma.mma_async.sync.aligned." shape " {" registers "}, " a ", " b ", 1, 1, 1" flags ";"
 
@@ -307,8 +307,8 @@ struct Bf16 {
     asm volatile(MMA("m64n8k16.f32.bf16.bf16", D4, "%4", "%5", ", 0, 0") : R4(d, 0)
                  : "l"(a), "l"(b));
   }
-  __device__ static __forceinline__ void mma(float (&d)[12], u64 a, u64 b) {
-    asm volatile(MMA("m64n24k16.f32.bf16.bf16", D12, "%12", "%13", ", 0, 0") : R12(d)
+  __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
+    asm volatile(MMA("m64n40k16.f32.bf16.bf16", D20, "%20", "%21", ", 0, 0") : R20(d)
                  : "l"(a), "l"(b));
   }
   __device__ static __forceinline__ void mma(float (&d)[32], u64 a, u64 b) {
@@ -325,8 +325,8 @@ struct Bf16 {
 };
 
 struct E4m3 {
-  __device__ static __forceinline__ void mma(float (&d)[12], u64 a, u64 b) {
-    asm volatile(MMA("m64n24k32.f32.e4m3.e4m3", D12, "%12", "%13", "") : R12(d)
+  __device__ static __forceinline__ void mma(float (&d)[20], u64 a, u64 b) {
+    asm volatile(MMA("m64n40k32.f32.e4m3.e4m3", D20, "%20", "%21", "") : R20(d)
                  : "l"(a), "l"(b));
   }
   __device__ static __forceinline__ void mma(float (&d)[32], u64 a, u64 b) {
@@ -337,10 +337,10 @@ struct E4m3 {
 };
 
 #undef R4
-#undef R12
 #undef R16
+#undef R20
 #undef D4
-#undef D12
+#undef D20
 #undef D32
 #undef MMA
 

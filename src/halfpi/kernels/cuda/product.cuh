@@ -36,15 +36,16 @@ struct FromPeers {
 };
 
 // result (64 rows, N) = operand · the ring's next units, an even number. A unit has ROWS_W rows of
-// weights, of which N from `column` on count, and CHUNKS of K. Two units a turn of the loop: the code
-// of more takes longer to fetch than it saves.
-template <typename F, int N, int ROWS_W, int CHUNKS, typename Source>
+// weights, of which N from `column` on count, and CHUNKS of K, of which this is one of PARTS. Two
+// units a turn of the loop: the code of more takes longer to fetch than it saves.
+template <typename F, int N, int ROWS_W, int CHUNKS, int PARTS, typename Source>
 __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int units, int operand,
-                                         int column, Source source) {
+                                         int column, int part, Source source) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
-  const typename Source::Operand activations = Source::of(b.shared + operand);
-  const Matrix weights(b.shared + RING + column * 16, ROWS_W * 16, 128);
+  const typename Source::Operand activations =
+      Source::of(b.shared + operand + part * Source::offset(2));
+  const Matrix weights(b.shared + RING + (column + 2 * part * ROWS_W) * 16, ROWS_W * 16, 128);
   b.ring.slot = uniform(b.ring.slot), b.ring.parity = uniform(b.ring.parity);
   int held = 0;  // the slot whose product may still be under way
 #pragma unroll 1
@@ -58,7 +59,7 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
       settle(result);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < CHUNKS; k += 2) {
+      for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
         F::mma(result, activations.at(Source::offset(place * CHUNKS + k)),
                weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
       }
@@ -80,7 +81,7 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
 template <typename F, typename Source>
 __device__ __forceinline__ void wide_product(float (&result)[32], Block& b, int units, int operand,
                                              Source source) {
-  multiply<F, 64, TILE, TILE_CHUNKS>(result, b, units, operand, 64 * b.group, source);
+  multiply<F, 64, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
 }
 
 // Eight columns of a result: a thread has two neighbours of each of two rows, which turn by the angle
@@ -96,12 +97,14 @@ struct Turn {
       cos[i] = a.cos[at], sin[i] = a.sin[at];
     }
   }
+  // Of the sum of both groups' results.
   template <typename Store>
-  __device__ __forceinline__ void apply(const Block& b, const float* v, float alpha,
-                                        Store store) const {
+  __device__ __forceinline__ void apply(const Block& b, const float* own, const float4& other,
+                                        float alpha, Store store) const {
+    const float sum[4] = {own[0] + other.x, own[1] + other.y, own[2] + other.z, own[3] + other.w};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float even = alpha * v[2 * i], odd = alpha * v[2 * i + 1];
+      const float even = alpha * sum[2 * i], odd = alpha * sum[2 * i + 1];
       const u32 word = pack_bf16(even * cos[i] - odd * sin[i], odd * cos[i] + even * sin[i]);
       if (b.row + 8 * i < ROWS) store(b.row + 8 * i, word);
     }
@@ -109,37 +112,46 @@ struct Turn {
 };
 
 // This block's share of its head's queries, four chunks of eight columns, to all peers; and a chunk
-// of keys or values of the actions to all blocks. Groups have three chunks each, so one is in both:
-// with the same code for both, less is fetched.
+// of keys or values of the actions to all blocks. So few columns that a group takes half of K: then
+// the first has queries from the second, and gives it keys or values.
 __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& scale) {
-  constexpr int QUERY_CHUNKS = HEAD / PEERS / 8, CHUNKS = 3;
-  static_assert(QKV_TILE == 8 * (2 * CHUNKS - 1), "one is in both");
-  const int first = 2 * b.group;
+  constexpr int CHUNKS = HEAD / PEERS / 8;
+  static_assert(QKV_TILE == 8 * (CHUNKS + 1), "and one of keys or values");
+  const bool recent = b.group == 1;
   Turn turns[CHUNKS];
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
-    const bool recent = first + i == QUERY_CHUNKS;
-    const int chunk = recent ? b.index : QUERY_CHUNKS * b.rank + first + i;
-    if (8 * chunk < HEAD) turns[i].load(b, a, 8 * chunk);  // not values
+    const int chunk = recent ? b.index : CHUNKS * b.rank + i;
+    if ((!recent || i == 0) && 8 * chunk < HEAD) turns[i].load(b, a, 8 * chunk);  // not values
   }
-  float result[4 * CHUNKS];
-  multiply<Format, 8 * CHUNKS, QKV_TILE, QKV_CHUNKS>(result, b, QKV_UNITS, AREA, 8 * first,
-                                                     PieceOfX<QKV_CHUNKS>{0});
-  if (b.group == 1) {
-    turns[CHUNKS - 1].apply(b, result + 4 * (CHUNKS - 1), scale.alpha(), [&](int row, u32 word) {
-      store_relaxed(b.buffers + place_of_recent(b.index, row, b.layer) + b.lane % 4 * 4, word);
-    });
-  }
-  mbarrier_arrive(b.shared + RECENT_STORED, 1);  // and X is read
+  float result[QKV_TILE / 2];
+  multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
+                                                           PieceOfX<QKV_CHUNKS>{0});
   all_consumers();  // X is read
   b.free_x();
-  const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
+  float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
 #pragma unroll
-  for (int i = 0; i < CHUNKS; ++i) {
-    if (first + i == QUERY_CHUNKS) continue;
-    turns[i].apply(b, result + 4 * i, scale.alpha(), [&](int row, u32 word) {
-      store_shared(to + ((first + i) * ROWS + row) * 16, word);
+  for (int i = 0; i <= CHUNKS; ++i) {
+    if ((i < CHUNKS) != recent) continue;
+    given[128 * i] = make_float4(result[4 * i], result[4 * i + 1], result[4 * i + 2],
+                                 result[4 * i + 3]);
+  }
+  all_consumers();
+  const float alpha = scale.alpha();
+  if (recent) {
+    char* to = b.buffers + b.lane % 4 * 4;
+    turns[0].apply(b, result + 4 * CHUNKS, given[128 * CHUNKS], alpha, [&](int row, u32 word) {
+      store_relaxed(to + place_of_recent(b.index, row, b.layer), word);
     });
+    mbarrier_arrive(b.shared + RECENT_STORED, 1);
+  } else {
+    const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      turns[i].apply(b, result + 4 * i, given[128 * i], alpha, [&](int row, u32 word) {
+        store_shared(to + (i * ROWS + row) * 16, word);
+      });
+    }
   }
   b.piece_written();
 }
