@@ -124,6 +124,15 @@ def test_sizes_it_cannot_do(change: dict[str, Any], match: str) -> None:
         sizes.check()
 
 
+def test_rows_fit_beside_the_blocks_that_multiply() -> None:
+    """Fifteen clusters of eight blocks run at a time; more would wait for each other for ever."""
+    for horizon in range(1, 65):
+        sizes = dataclasses.replace(SMALL, horizon=horizon)
+        assert sizes.blocks % 8 == 0
+        assert sizes.blocks <= 120
+        assert (sizes.blocks - 64) * sizes.rows_per_block >= horizon
+
+
 def test_the_reference_is_the_model() -> None:
     torch.manual_seed(0)
     config = Pi05Config(

@@ -5,7 +5,8 @@
 
 namespace {
 
-// Raises `top` to logits (64 rows, N keys), of which the first `valid` count. A thread has two rows.
+// Raises `top` to logits (64 rows, N keys), of which the first `valid` count. A thread has two
+// rows.
 template <int N>
 __device__ __forceinline__ void find_top(float (&logits)[N / 2], int lane, int valid,
                                          float (&top)[2]) {
@@ -121,8 +122,8 @@ struct Attention {
     settle(logits);
   }
 
-  // Each group has the units with its dimensions. The last tile's go to peers, each while the next is
-  // multiplied.
+  // Each group has the units with its dimensions. The last tile's go to peers, each while the next
+  // is multiplied.
   __device__ __forceinline__ void add_values(Block& b, bool last) {
     const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
     int slots[PARTS];

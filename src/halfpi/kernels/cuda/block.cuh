@@ -29,10 +29,11 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
-// activations. Peers push queries and hidden activations to where X was, once this block has told that
-// it is done with it. Averages are staged for peers where queries were.
+// activations. Peers push queries and hidden activations to where X was, once this block has told
+// that it is done with it. Averages are staged for peers where queries were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
-constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2, QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
+constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
+constexpr int QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
 constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, LOG_SUMS = MERGED + ROWS * HEAD * BYTES;
 constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
@@ -99,8 +100,8 @@ __device__ __forceinline__ int key_tiles(int prefix) {  // of the longest split
   return longest > TILE ? (longest + TILE - 1) / TILE : 1;
 }
 
-// A unit of values has half of what each of four peers merges, so that all peers get something while
-// the other half is multiplied. Of the chunk at `place` among a row's values, which it is.
+// A unit of values has half of what each of four peers merges, so that all peers get something
+// while the other half is multiplied. Of the chunk at `place` among a row's values, which it is.
 __device__ __forceinline__ int value_chunk(int place) {
   return (place & 0x11) | (place & 0x6) << 1 | (place & 0x8) >> 2;
 }
@@ -138,12 +139,12 @@ struct Block {
   char* memory;
   char* buffers;
   u32* counters;
-  int index, head, rank;         // in the launch; index = 8 head + rank; behind them blocks with rows
+  int index, head, rank;          // in the launch: 8 head + rank, and behind them blocks with rows
   int thread, group, warp, lane;  // warp of the group
-  int row;                       // of the two of a thread in a product, the first: the other is 8 on
-  int prefix, decided;           // counts of keys, and of rows that stay as they are
-  Cursor ring;                   // the next unit
-  int layer = 0;                 // over all steps
+  int row;                        // of a thread's two in a product the first: the other is 8 on
+  int prefix, decided;            // counts of keys, and of rows that stay as they are
+  Cursor ring;                    // the next unit
+  int layer = 0;                  // over all steps
 
   __device__ __forceinline__ float* floats(int at) const {
     return reinterpret_cast<float*>(memory + at);

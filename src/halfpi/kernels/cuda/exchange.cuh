@@ -7,15 +7,15 @@
 // again until all are.
 //
 // Rows, and keys and values, are copied in bulk. A counter tells when that is worth its while: a
-// writer's threads meet and one of them adds 1. It does not tell that all is there, because a release
-// waits until what was written has reached L2, which takes too long. So a reader looks whether
-// something in the copy is BLANK: at a word of whatever one store of a warp fills, which is a line of
-// X or 16 bytes of a sector of keys and values. There are two buffers in turn. Who has written to one,
-// and knows that the other is read, makes that BLANK again, and all of it is there before he adds to
-// the counter again.
+// writer's threads meet and one of them adds 1. It does not tell that all is there, because a
+// release waits until what was written has reached L2, which takes too long. So a reader looks
+// whether something in the copy is BLANK: at a word of whatever one store of a warp fills, which is
+// a line of X or 16 bytes of a sector of keys and values. There are two buffers in turn. Who has
+// written to one, and knows that the other is read, makes that BLANK again, and all of it is there
+// before he adds to the counter again.
 //
-// No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly or
-// through others, for all that read it before.
+// No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly
+// or through others, for all that read it before.
 #pragma once
 #include "hopper.cuh"
 
@@ -28,8 +28,8 @@ constexpr int PEERS = 8, BLOCKS = HEADS * PEERS;  // a cluster has one head
 constexpr int BYTES = FP8 ? 1 : 2;                // of an operand
 constexpr int CHUNK = 16 / BYTES;                 // operands in 16 bytes
 
-// Operands of products are stored as wgmma reads shared memory: as (chunk of K, row, 16 bytes), and X
-// as (line of K, row, 128 bytes), where chunks of a line change places (Swizzled).
+// Operands of products are stored as wgmma reads shared memory: as (chunk of K, row, 16 bytes), and
+// X as (line of K, row, 128 bytes), where chunks of a line change places (Swizzled).
 constexpr int LINE = 128, LINE_ROWS = (ROWS + 7) / 8 * 8, LINE_BYTES = LINE_ROWS * LINE;
 constexpr int X_BYTES = WIDTH * BYTES / LINE * LINE_BYTES;
 constexpr long X = 0;                     // of qkv, and then of gate/up
@@ -37,7 +37,7 @@ constexpr long RECENT = X + 2 * X_BYTES;  // (split, chunk, slot, 16 bytes)
 constexpr int RECENT_SLOTS = 8, RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS;
 constexpr long RECENT_BUFFER = PEERS * RECENT_BYTES;
 constexpr long SUMS = RECENT + 2 * RECENT_BUFFER;  // (row, cluster, d / 4, Word)
-constexpr int SUMS_BYTES = HEADS * WIDTH * 2;         // of a row
+constexpr int SUMS_BYTES = HEADS * WIDTH * 2;      // of a row
 constexpr long BUFFERS = SUMS + long(ROWS) * SUMS_BYTES;
 static_assert(BUFFERS == BUFFER_BYTES, "the launcher allocates what the kernel uses");
 

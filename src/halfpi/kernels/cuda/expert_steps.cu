@@ -1,8 +1,8 @@
 // All denoise steps of the action expert in one launch; see expert_steps.py for the mathematics.
 //
-// Eight clusters of eight blocks multiply, one block an SM. A cluster has one head, and a share of the
-// hidden activations, which its blocks exchange from shared memory to shared memory; only sums over
-// clusters, and the rows that they update, go through L2. More clusters have the rows.
+// Eight clusters of eight blocks multiply, one block an SM. A cluster has one head, and a share of
+// the hidden activations, which its blocks exchange from shared memory to shared memory; only sums
+// over clusters, and the rows that they update, go through L2. More clusters have the rows.
 #include "attention.cuh"
 #include "fetch.cuh"
 #include "product.cuh"
@@ -11,8 +11,8 @@
 namespace {
 
 // A layer has two halves, attention and MLP. Each begins with a norm and ends with an update of the
-// rows, and one more norm follows the last: that is what blocks with rows do. The code is this short
-// because instructions are fetched anew in every layer.
+// rows, and one more norm follows the last: that is what blocks with rows do. The code is this
+// short because instructions are fetched anew in every layer.
 __device__ __forceinline__ void compute(Block& b, const Arguments& a) {
   for (int step = 0; step < STEPS; ++step) {
 #pragma unroll 1

@@ -148,9 +148,9 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
 // The operand lies where X was, which peers have read the first or second time of a layer; or not.
 enum OverX { FIRST, SECOND, NOT };
 
-// This block's piece of an operand, once it is written, to the same place in all peers: first to those
-// that will multiply it first (FromPeers). No two blocks send to the same peer at a time. barrier: of
-// the first of the operand's units.
+// This block's piece of an operand, once it is written, to the same place in all peers: first to
+// those that will multiply it first (FromPeers). No two blocks send to the same peer at a time.
+// barrier: of the first of the operand's units.
 __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, int barrier,
                                       int units, OverX over_x) {
   const int pieces = PEERS / units, own = own_unit(b.rank, units);  // of a unit
@@ -180,8 +180,8 @@ __device__ __forceinline__ void share_pieces(const Block& b) {
   }
 }
 
-// Keys and values of the prefix as units of the ring, behind a split's keys zeros. A warp moves four
-// chunks of eight keys.
+// Keys and values of the prefix as units of the ring, behind a split's keys zeros. A warp moves
+// four chunks of eight keys.
 __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
   const int tiles = key_tiles(b.prefix), warps = gridDim.x * CONSUMERS / 32;
   const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);

@@ -280,8 +280,8 @@ struct Matrix {
   }
 };
 
-// A matrix of lines of 128 bytes, from an address that is a multiple of 1024. Of row r the chunk of 16
-// bytes that belongs at c lies at c ^ (r % 8).
+// A matrix of lines of 128 bytes, from an address that is a multiple of 1024. Of row r the chunk of
+// 16 bytes that belongs at c lies at c ^ (r % 8).
 struct Swizzled : Matrix {
   __device__ __forceinline__ explicit Swizzled(u32 address) : Matrix(address, 16, 1024) {
     high |= 1u << 30;

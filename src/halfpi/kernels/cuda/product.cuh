@@ -84,8 +84,8 @@ __device__ __forceinline__ void wide_product(float (&result)[32], Block& b, int 
   multiply<F, 64, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
 }
 
-// Eight columns of a result: a thread has two neighbours of each of two rows, which turn by the angle
-// of the row's position. Then they are bf16.
+// Eight columns of a result: a thread has two neighbours of each of two rows, which turn by the
+// angle of the row's position. Then they are bf16.
 struct Turn {
   float cos[2] = {1.0f, 1.0f}, sin[2] = {0.0f, 0.0f};
 
@@ -156,8 +156,8 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   b.piece_written();
 }
 
-// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that a
-// thread has eight neighbours of each half of a group's columns.
+// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that
+// a thread has eight neighbours of each half of a group's columns.
 __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) {
   const u32 mark = mark_of(mlp);
   const int units = mlp ? DOWN_UNITS : OUT_UNITS;

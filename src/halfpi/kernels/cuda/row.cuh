@@ -54,8 +54,8 @@ struct Row {
     }
   }
 
-  // x += gate · Σ of all clusters, in order, as soon as they are there. Once some are, there are two
-  // sets of loads under way, half a trip apart, so that the last is seen early.
+  // x += gate · Σ of all clusters, in order, as soon as they are there. Once some are, there are
+  // two sets of loads under way, half a trip apart, so that the last is seen early.
   __device__ void add(const Block& b, bool mlp) {
     const char* from = b.buffers + SUMS + index * SUMS_BYTES + thread * 8;
     const u32 mark = mark_of(mlp);
