@@ -41,8 +41,9 @@ _LONGEST = 64  # horizon: the rows of a tile
 _THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 3  # 128 bytes apart
-_ROW_BLOCKS = 56  # which fit beside the others
 _MULTIPROCESSORS = 132
+_CLUSTERS = 15  # of eight blocks, which run at a time on so many
+_ROW_BLOCKS = _CLUSTERS * PEERS - BLOCKS
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _attended(qkv: Tensor, angles: tuple[Tensor, ...], prefix: tuple[Tensor, Ten
 def supports(sizes: ExpertSizes, device: torch.device) -> bool:
     """Whether the kernel can do `sizes`, and `device` is a Hopper GPU with enough SMs.
 
-    Fifteen clusters of eight blocks fit 132 of them, as an H100 SXM and an H200 have.
+    They are 132, as an H100 SXM and an H200 have.
     """
     try:
         sizes.check()

@@ -157,8 +157,9 @@ struct Block {
   __device__ __forceinline__ void release(int slot, int count) const {
     if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * slot, count);
   }
-  // Tells all peers that this block, after a barrier of its threads, is done with X.
+  // By all that compute: this block is done with X, which it tells all peers.
   __device__ __forceinline__ void free_x() const {
+    all_consumers();
     if (elected()) mbarrier_arrive_at(in_block(shared + X_FREE, 4 * group + warp));
   }
   // For an operand that this layer has once.

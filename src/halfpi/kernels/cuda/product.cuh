@@ -127,7 +127,6 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   float result[QKV_TILE / 2];
   multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
                                                            PieceOfX<QKV_CHUNKS>{0});
-  all_consumers();  // X is read
   b.free_x();
   float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
 #pragma unroll
@@ -192,7 +191,6 @@ __device__ __forceinline__ float gated(float gate, float up) {
 __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
   float sum[32];
   wide_product<Format>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
-  all_consumers();
   b.free_x();
   const float alpha = scale.alpha(), inverse_scale = next.inverse();
   const int column = b.rank * (TILE / 2) + 32 * b.group + b.lane % 4 * 8;
