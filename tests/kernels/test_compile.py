@@ -97,8 +97,8 @@ def has_tail(launch: Launch) -> bool:
 
 
 def launches(spec: KernelSpec[Launch], case: Case, device: Device) -> Iterator[Launch]:
-    """The default, and the first with tensor descriptors, shared tiles and tiles of two parts."""
-    candidates = spec.candidates(case, device)
+    """Triton's default, and the first with descriptors, shared tiles and tiles of two parts."""
+    candidates = [one for one in spec.candidates(case, device) if one.is_general]
     yield candidates[0]
     for kind in (has_descriptors, shares_tiles, has_tail):
         yield from itertools.islice(filter(kind, candidates[1:]), 1)

@@ -26,6 +26,8 @@ from halfpi.kernels.attention_launches import (
     attention_launches,
     head_block,
 )
+from halfpi.kernels.packed_attention import packed_attention
+from halfpi.kernels.siglip_attention import siglip_attention
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
@@ -230,8 +232,8 @@ def attention(
     contiguous heads. bias: fp32 (q, k), what a query projection without one left out; a key's bias
     changes nothing, and a value's is constant in `out`. key_count, query_count: int32 (b,), how
     many of the s keys and t tokens are valid: others are neither read nor written, except that with
-    `launch.tma` invalid keys and values must be finite; a sequence with a valid query needs a valid
-    key.
+    `launch.tma` and CUDA kernels invalid keys and values must be finite; a sequence with a valid
+    query needs a valid key. The CUDA kernel "siglip" takes no counts, "packed" no bias.
     scale: fp32 (1,), quantises an E4M3 `out`. partials: (splits, b, t, q, k) and log_sums: fp32
     (splits, b, t, q), workspace when keys are split; bfloat16 partials halve its traffic.
 
@@ -242,6 +244,15 @@ def attention(
     _check(query, keys, values, launch, key_count, query_count, partials, log_sums)
     check("bias", bias, (q, k), torch.float32)
     check_output(out, (b, t, q, k), scale)
+    if launch.kernel == "siglip":
+        siglip_attention(query, keys, values, out, bias=bias, scale=scale)
+        return
+    if launch.kernel == "packed":
+        if bias is not None:
+            raise ValueError(f"bias must be None with {launch}")
+        counts = {"key_count": key_count, "query_count": query_count}
+        packed_attention(query, keys, values, out, scale=scale, **counts)
+        return
     split = launch.splits > 1
     width = head_block(k)
     strides = [stride for one in (query, keys, values) for stride in one.stride()[:3]]
@@ -304,6 +315,8 @@ def _check(
         raise ValueError(f"query must have a multiple of {keys.shape[2]} heads, got {q}")
     check("key_count", key_count, (b,), torch.int32)
     check("query_count", query_count, (b,), torch.int32)
+    if launch.kernel == "siglip" and (key_count is not None or query_count is not None):
+        raise ValueError(f"key_count and query_count must be None with {launch}")
     if launch.splits > 1:
         if partials is None or log_sums is None:
             raise ValueError(f"partials and log_sums must be given with {launch}")
@@ -321,12 +334,13 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
         for tokens, heads in ((t, q), (s, kv), (s, kv))
     )
     invalid = torch.arange(s, device=device) >= key_count[:, None]
-    poison = 1e4 if launch.tma else torch.nan
+    poison = torch.nan if launch.kernel == "triton" and not launch.tma else 1e4
+    counted = launch.kernel != "siglip"
     inputs: dict[str, Any] = {
         "query": query,
         "keys": keys.masked_fill(invalid[..., None, None], poison),
         "values": values.masked_fill(invalid[..., None, None], poison),
-        "key_count": key_count,
+        "key_count": key_count if counted else None,
         "bias": torch.randn(q, k, device=device) if case["bias"] else None,
     }
     valid = torch.arange(t, device=device) < query_count[:, None]
@@ -341,7 +355,7 @@ def _problem(case: Case, launch: AttentionLaunch, device: torch.device) -> Probl
             **inputs,
             out=output.tensor,
             launch=launch,
-            query_count=query_count,
+            query_count=query_count if counted else None,
             scale=output.scale,
             **workspace,
         ),
@@ -364,6 +378,8 @@ def _cases() -> Iterator[Case]:
     yield Case("ragged", ragged, real=False)
     ragged = {"b": 3, "t": 19, "q": 3, "k": 72, "s": 70, "kv": 1, "missing": 11, "bias": 1}
     yield Case("ragged-head", ragged, out_dtype=FP8, real=False)
+    ragged = {"b": 2, "t": 9, "q": 8, "k": 256, "s": 1100, "kv": 1, "missing": 5, "bias": 0}
+    yield Case("ragged-packed", ragged, out_dtype=FP8, real=False)
 
 
 SPEC = KernelSpec("attention", tuple(_cases()), _problem, attention_launches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from halfpi.kernels import packed_attention, siglip_attention
 from halfpi.kernels.spec import Case, Device, Launch
 
 
@@ -13,17 +14,24 @@ class AttentionLaunch(Launch):
     """Knobs of attention: rows of packed queries, keys a step, programs that share the keys.
 
     tma: keys and values are read through tensor descriptors (sm_90 and newer), without splits. The
-    last step then reads past the valid keys.
+    last step then reads past the valid keys. kernel: "siglip" and "packed" are
+    CUDA kernels for certain sizes (siglip_attention.py, packed_attention.py), without other knobs.
     """
 
     block_m: int = 64
     block_n: int = 64
     splits: int = 1
     tma: bool = False
+    kernel: str = "triton"
 
     def __post_init__(self) -> None:
         if self.tma and self.splits > 1:
             raise ValueError(f"tma does not go with splits, got {self}")
+
+    @property
+    def is_general(self) -> bool:
+        """Whether Triton compiles it; a CUDA kernel knows its own sizes."""
+        return self.kernel == "triton"
 
 
 def attention_launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
@@ -46,13 +54,22 @@ def attention_launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...
     pdl = device.is_hopper_or_newer
     # Descriptors want rows of whole 16 bytes.
     tma = (False, True) if pdl and case["k"] * case.dtype.itemsize % 16 == 0 else (False,)
-    return tuple(
+    launches = tuple(
         AttentionLaunch(warps, stages, pdl, block_m, block_n, split, with_tma)
         for with_tma in tma
         for split in splits
         for block_m, block_n, warps, stages in shapes
         if _shared_bytes(case, block_m, block_n, stages) <= device.shared_bytes
         if split == 1 or not with_tma
+    )
+    cuda = {"siglip": siglip_attention.supports, "packed": packed_attention.supports}
+    return (
+        *(
+            AttentionLaunch(pdl=True, kernel=kernel)
+            for kernel, supports in cuda.items()
+            if supports(case, device)
+        ),
+        *launches,
     )
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def report(name: str, defines: Mapping[str, int]) -> str:
     nvrtc = nvrtc_module()
     with _compiled(nvrtc, name, [*_options(defines), b"--ptxas-options=-v"]) as program:
         return _log(nvrtc, program)
+
+
+def is_available() -> bool:
+    """Whether the packages that compile and launch are installed."""
+    return all(find_spec(name) is not None for name in ("cuda", "cuda.core", "cuda.bindings"))
 
 
 def nvrtc_module() -> Any:

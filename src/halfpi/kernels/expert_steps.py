@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfpi.kernels.cuda_source import cubin
+from halfpi.kernels.cuda_launch import load
 from halfpi.kernels.expert_stream import (
     BLOCKS,
     HEAD_DIM,
@@ -256,7 +256,6 @@ class ExpertSteps:
         _check_weights(sizes, layers, action, input_scales, weight_scales)
         self.sizes = sizes
         self._capacity = capacity
-        self._device = device
         self._stream = pack(layers, device)
         self._constants = [
             action.weight_in.T.contiguous().to(device),
@@ -271,7 +270,9 @@ class ExpertSteps:
         self._buffers[: 2 * sizes.row_bytes] = 0xFF  # nothing is there (cuda/exchange.cuh)
         self._cache = torch.empty(sizes.cache_bytes(capacity), dtype=torch.uint8, device=device)
         self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
-        self._kernel = _load(sizes.defines(), device)
+        self._kernel = load(
+            "expert_steps", sizes.defines(), torch.device(device), _THREADS, cooperative=True
+        )
 
     def __call__(
         self,
@@ -317,10 +318,10 @@ class ExpertSteps:
             ("gains", gains, (size.steps,), torch.float32),
         ):  # fmt: skip
             check(name, tensor, shape, dtype)
-        _launch(
-            self._kernel, size.blocks, self._device, self._stream, self._buffers, self._cache,
-            self._counters, actions, keys, values, self._capacity, prefix_count, decided, cos, sin,
-            modulations, target, weights, gains, *self._constants,
+        self._kernel(
+            (size.blocks,), self._stream, self._buffers, self._cache, self._counters, actions, keys,
+            values, self._capacity, prefix_count, decided, cos, sin, modulations, target, weights,
+            gains, *self._constants,
         )  # fmt: skip
 
 
@@ -355,32 +356,3 @@ def _check_weights(
         raise ValueError("input_scales and weight_scales must be given with float8_e4m3fn only")
     check("input_scales", input_scales, (sizes.steps, sizes.depth, 4), torch.float32)
     check("weight_scales", weight_scales, (sizes.depth, 4), torch.float32)
-
-
-def _load(defines: dict[str, int], device: torch.device) -> object:
-    """The kernel on `device`, allowed to have all of an SM's shared memory."""
-    code = cubin("expert_steps", defines)
-    from cuda import core
-    from cuda.bindings import driver
-
-    core.Device(torch.device(device).index or 0).set_current()
-    kernel = core.ObjectCode.from_cubin(code).get_kernel("expert_steps")
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(
-        attribute, _SHARED_BYTES, kernel.handle, driver.CUdevice(torch.device(device).index or 0)
-    )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cuKernelSetAttribute failed: {status}")
-    return kernel
-
-
-def _launch(kernel: object, grid: int, device: torch.device, *arguments: Tensor | int) -> None:
-    """Launch on torch's current stream; cooperative, because its blocks wait for each other."""
-    from cuda import core
-
-    config = core.LaunchConfig(
-        grid=grid, block=_THREADS, shmem_size=_SHARED_BYTES, is_cooperative=True
-    )
-    values = (one if isinstance(one, int) else one.data_ptr() for one in arguments)
-    stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-    core.launch(stream, config, kernel, *values)

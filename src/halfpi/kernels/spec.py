@@ -32,6 +32,11 @@ class Launch:
     num_stages: int = 2
     pdl: bool = False
 
+    @property
+    def is_general(self) -> bool:
+        """Whether it is good for sizes near those for which it was offered."""
+        return True
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments of a Triton launch that do not depend on the kernel."""
         options: dict[str, Any] = {

@@ -68,11 +68,13 @@ def best(
     Its type is that of the kernel's `launch`. Raises KeyError for a name that no kernel has.
     """
     case = Case(kernel, sizes, dtype, out_dtype)
-    default = kernels.specs()[kernel].candidates(case, device)[0]
+    candidates = kernels.specs()[kernel].candidates(case, device)
+    default = candidates[0]
     near = min(entries(device.capability), key=lambda one: one.distance(kernel, case), default=None)
     if near is None or math.isinf(near.distance(kernel, case)):
         return default
-    return type(default)(**near.launch)
+    launch = type(default)(**near.launch)
+    return launch if launch.is_general or launch in candidates else default
 
 
 @functools.cache

@@ -2,38 +2,9 @@
 // averages the values of its keys for all rows, then merges all averages of some dimensions.
 #pragma once
 #include "product.cuh"
+#include "softmax.cuh"
 
 namespace {
-
-// Raises `top` to logits (64 rows, N keys), of which the first `valid` count. A thread has two
-// rows.
-template <int N>
-__device__ __forceinline__ void find_top(float (&logits)[N / 2], int lane, int valid,
-                                         float (&top)[2]) {
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    const int row = i / 2 % 2;
-    bool counts = i / 4 * 8 + lane % 4 * 2 + i % 2 < valid;
-    logits[i] = counts ? logits[i] : -infinity();
-    top[row] = fmaxf(top[row], logits[i]);
-  }
-}
-
-// Logits become weights, in shared memory from the chunk of their first key on, and in `total`.
-template <int N>
-__device__ __forceinline__ void store_weights(const float (&logits)[N / 2], const Block& b,
-                                              int chunk, const float (&base)[2],
-                                              float (&total)[2]) {
-  const u32 to = b.shared + WEIGHTS + chunk * 1024 + b.row * 16 + b.lane % 4 * 4;
-#pragma unroll
-  for (int i = 0; i < N / 2; i += 2) {
-    const int row = i / 2 % 2;
-    float even = exp2_fast(fmaf(logits[i], LOGIT_SCALE, -base[row]));
-    float odd = exp2_fast(fmaf(logits[i + 1], LOGIT_SCALE, -base[row]));
-    total[row] += even + odd;
-    store_shared(to + i / 4 * 1024 + row * 128, pack_bf16(even, odd));
-  }
-}
 
 // Sums or maxima of all groups: each gives (64,), of which a thread wants two rows.
 __device__ __forceinline__ void give(const Block& b, int statistic, const float (&v)[2]) {
@@ -44,15 +15,6 @@ __device__ __forceinline__ float taken(const Block& b, int statistic, int group,
   return b.floats(STATISTICS)[(statistic * GROUPS + group) * 64 + row];
 }
 enum Statistic { HIGHEST, TOTAL, LOG_SUM };
-
-__device__ __forceinline__ float over_quad(float v, bool maximum) {
-#pragma unroll
-  for (int i = 1; i < 4; i *= 2) {
-    float other = __shfl_xor_sync(~0u, v, i);
-    v = maximum ? fmaxf(v, other) : v + other;
-  }
-  return v;
-}
 
 struct Attention {
   static constexpr int PARTS = KEY_UNITS / GROUPS;  // of a group, each a unit of values
@@ -84,8 +46,9 @@ struct Attention {
       if (tile) shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top[i];
     }
-    store_weights<KEYS>(logits, b, KEYS / 8 * b.group, base, sum);
-    if (has_recent) store_weights<RECENT_SLOTS>(recent, b, TILE / 8, base, sum);
+    const u32 to = b.shared + WEIGHTS + b.row * 16 + b.lane % 4 * 4;
+    store_weights<KEYS>(logits, LOGIT_SCALE, base, to + KEYS / 8 * b.group * 1024, sum);
+    if (has_recent) store_weights<RECENT_SLOTS>(recent, LOGIT_SCALE, base, to + TILE / 8 * 1024, sum);
     // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
     if (b.thread < (last ? 64 : 128)) {
       const int chunk = TILE / 8 + 1 - b.thread / 64;
@@ -210,30 +173,6 @@ __device__ __forceinline__ void attend(Block& b) {
   }
 }
 
-// All splits' averages of eight dimensions of a row, weighted by their sums.
-__device__ __forceinline__ void merge_row(const Block& b, float (&sum)[8], int column, int row) {
-  float weight[PEERS], highest = -infinity(), total = 0.0f;
-#pragma unroll
-  for (int s = 0; s < PEERS; ++s) {
-    weight[s] = b.floats(LOG_SUMS)[s * 64 + row];
-    highest = fmaxf(highest, weight[s]);
-  }
-  const u32 from = b.shared + AVERAGES + (column / 8 * ROWS + row) * 16;
-#pragma unroll
-  for (int s = 0; s < PEERS; ++s) {
-    float w = exp2_fast(weight[s] - highest);
-    total += w;
-    const uint4 v = load_shared(from + s * AVERAGE_PIECE);
-    sum[0] += w * low_bf16(v.x), sum[1] += w * high_bf16(v.x);
-    sum[2] += w * low_bf16(v.y), sum[3] += w * high_bf16(v.y);
-    sum[4] += w * low_bf16(v.z), sum[5] += w * high_bf16(v.z);
-    sum[6] += w * low_bf16(v.w), sum[7] += w * high_bf16(v.w);
-  }
-  const float inverse = reciprocal(total);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i] *= inverse;
-}
-
 // This block's share of the dimensions, to all peers.
 __device__ __forceinline__ void merge(const Block& b, const Scale& scale) {
   constexpr int COLUMNS = HEAD / PEERS;
@@ -241,8 +180,9 @@ __device__ __forceinline__ void merge(const Block& b, const Scale& scale) {
   const int row = b.thread % 128 / 2, column = 16 * b.group + b.thread % 2 * 8;
   b.wait_for(AVERAGES_FULL);
   if (row < ROWS) {
-    float sum[8] = {};
-    merge_row(b, sum, column, row);
+    float sum[8];
+    merge_parts<PEERS>(b.floats(LOG_SUMS) + row,
+                       b.shared + AVERAGES + (column / 8 * ROWS + row) * 16, AVERAGE_PIECE, sum);
     store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, scale.inverse());
   }
   b.piece_written();

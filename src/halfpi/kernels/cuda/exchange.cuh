@@ -6,11 +6,12 @@
 // Sums are words of eight bytes with a mark that tells whether they are new; a reader loads them
 // again until all are.
 //
-// Rows, and keys and values, are copied in bulk. A counter tells when that is worth its while: a
-// writer's threads meet and one of them adds 1. It does not tell that all is there, because a
-// release waits until what was written has reached L2, which takes too long. So a reader looks
-// whether something in the copy is BLANK: at a word of whatever one store of a warp fills, which is
-// a line of X or 16 bytes of a sector of keys and values. There are two buffers in turn. Who has
+// Rows, and keys and values, are copied in bulk. A counter tells when that is worth its while: of
+// keys and values when a block's threads have met after storing, of a row when it is about to be
+// stored, because to see the counter and to start a copy takes about as long as to store. So it does
+// not tell that all is there, and a release would wait too long. A reader looks whether something in
+// the copy is BLANK, and then copies again: at a word of whatever one store of a warp fills, which
+// is a line of X or 16 bytes of a sector of keys and values. There are two buffers in turn. Who has
 // written to one, and knows that the other is read, makes that BLANK again, and all of it is there
 // before he adds to the counter again.
 //
@@ -73,7 +74,7 @@ enum Counter { ROWS_DONE, RECENT_DONE, COUNTERS };
 
 __device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
 
-// By one thread, after a barrier of all that wrote.
+// By one thread.
 __device__ __forceinline__ void arrive(u32* counters, Counter counter) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
 }

@@ -5,15 +5,40 @@
 
 namespace {
 
+// What comes to the L2 ahead of the copies of a block's weights, which repeat every step. With fp8
+// that gains nothing.
+struct Ahead {
+  static constexpr int MOST = FP8 ? 0 : 1 << 18, PIECE = 8192, PACE = 115;  // bytes and clocks
+  const char *begin, *end, *next;
+  int bytes = 0;
+
+  __device__ __forceinline__ bool wants_more() const { return bytes < MOST; }
+  __device__ __forceinline__ void fetch() {
+    const int size = end - next < PIECE ? end - next : PIECE;
+    if (elected()) bulk_prefetch(next, size);
+    next += size, bytes += size;
+    if (next == end) next = begin;
+    pause(PACE);  // faster, it is in the way of others
+  }
+  __device__ __forceinline__ void copied(const char* unit, int size) {
+    bytes -= size;
+    if (bytes < 0) bytes = 0, next = unit + size == end ? begin : unit + size;
+  }
+};
+
 // A warp's place in the ring when it fills it.
 struct Filler {
   u32 shared;
+  Ahead ahead;
   int slot = 0;
   u32 parity = 1;  // of the slot before this turn: the first turn does not wait
 
+  // Fetches ahead while there is no room.
   template <typename Start>
   __device__ __forceinline__ void fill(u32 bytes, Start start) {
-    wait(shared + EMPTY + 8 * slot, parity);
+    const u32 empty = shared + EMPTY + 8 * slot;
+    while (ahead.wants_more() && !mbarrier_passed_already(empty, parity)) ahead.fetch();
+    wait(empty, parity);
     if (elected()) {
       mbarrier_expect(shared + FULL + 8 * slot, bytes);
       start(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
@@ -26,11 +51,12 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
   const u64 once = policy_evict_first();  // all clusters read the cache, one block its weights
   const int cached = key_tiles(b.prefix) * 2 * KEY_UNITS;
   const char* begin = a.stream + long(b.index) * DEPTH * LAYER_BYTES;
-  Filler ring{b.shared};
+  Filler ring{b.shared, {begin, begin + long(DEPTH) * LAYER_BYTES, begin}};
   auto stream = [&](const char* unit, int units, u32 bytes) {
 #pragma unroll 1
     for (int i = 0; i < units; ++i, unit += bytes) {
       ring.fill(bytes, [&](u32 to, u32 full) { bulk_copy(to, unit, bytes, full, once); });
+      ring.ahead.copied(unit, bytes);
     }
   };
   for (int step = 0; step < STEPS; ++step) {

@@ -43,6 +43,19 @@ __device__ __forceinline__ bool mbarrier_passed(u32 barrier, u32 parity) {
   return passed;
 }
 
+// The same at once, where that may keep the thread for a while.
+__device__ __forceinline__ bool mbarrier_passed_already(u32 barrier, u32 parity) {
+  u32 passed;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed;
+}
+
 __device__ __forceinline__ u64 policy_evict_first() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -65,6 +78,37 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       : "memory");
 }
 
+// A tile of a tensor that the host has described.
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+__device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int column, int row,
+                                            u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// To the L2 only.
+__device__ __forceinline__ void bulk_prefetch(const char* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// ---- dependent launches
+
+// The next kernel may start, which then waits for this one.
+__device__ __forceinline__ void launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- clusters
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -73,9 +117,16 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_wait();
+}
+// Of a barrier for which nothing that was written must be visible: that would take long.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 // What a shared address of this block is called in block `rank` of the cluster.
@@ -107,6 +158,10 @@ __device__ __forceinline__ void store_shared(u32 to, uint2 v) {
 
 __device__ __forceinline__ void store_shared(u32 to, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 to, unsigned short v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(v) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(u32 from) {
@@ -178,6 +233,11 @@ __device__ __forceinline__ float load_early(const float* from) {
   return v;
 }
 
+__device__ __forceinline__ void pause(u32 clocks) {
+  const u32 begin = clock();
+  while (clock() - begin < clocks) {}
+}
+
 // One thread of a warp whose threads do the same, so that all that it needs is in the registers
 // of the warp.
 __device__ __forceinline__ bool elected() {
@@ -215,6 +275,12 @@ __device__ __forceinline__ u32 pack_e4m3(const float* v, float factor) {
       "mov.b32 %0, {low, high};\n}"
       : "=r"(word)
       : "f"(v[0] * factor), "f"(v[1] * factor), "f"(v[2] * factor), "f"(v[3] * factor));
+  return word;
+}
+
+__device__ __forceinline__ unsigned short pack_e4m3(float a, float b) {
+  unsigned short word;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(word) : "f"(b), "f"(a));
   return word;
 }
 
@@ -280,13 +346,16 @@ struct Matrix {
   }
 };
 
-// A matrix of lines of 128 bytes, from an address that is a multiple of 1024. Of row r the chunk of
-// 16 bytes that belongs at c lies at c ^ (r % 8).
-struct Swizzled : Matrix {
-  __device__ __forceinline__ explicit Swizzled(u32 address) : Matrix(address, 16, 1024) {
-    high |= 1u << 30;
+// A matrix of lines of 128 bytes, or of 32, in groups of eight from an address that is a multiple of
+// a group's bytes. Of row r of 128 bytes the chunk of 16 bytes that belongs at c lies at c ^ (r % 8).
+template <int LINE>
+struct SwizzledLines : Matrix {
+  static_assert(LINE == 128 || LINE == 32, "as the descriptor says");
+  __device__ __forceinline__ explicit SwizzledLines(u32 address) : Matrix(address, 16, 8 * LINE) {
+    high |= (LINE == 128 ? 1u : 3u) << 30;
   }
 };
+using Swizzled = SwizzledLines<128>;
 
 template <bool B, typename T, typename F>
 struct conditional { using type = T; };
@@ -296,9 +365,17 @@ struct conditional<false, T, F> { using type = F; };
 #define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)
 #define R20(d) R16(d, 0), R4(d, 16)
+#define R64(d, i) R16(d, i), R16(d, i + 16), R16(d, i + 32), R16(d, i + 48)
 #define D4 "%0,%1,%2,%3"
-#define D20 D4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19"
+#define D8 D4 ",%4,%5,%6,%7"
+#define D20 D8 ",%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19"
 #define D32 D20 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define D128                                                                                   \
+  D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51"       \
+      ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71"       \
+      ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91"       \
+      ",%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"\
+      ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define MMA(shape, registers, a, b, flags) \
   "wgmma.mma_async.sync.aligned." shape " {" registers "}, " a ", " b ", 1, 1, 1" flags ";"
 
@@ -316,11 +393,27 @@ struct Bf16 {
                  : R16(d, 0), R16(d, 16)
                  : "l"(a), "l"(b));
   }
+  __device__ static __forceinline__ void mma(float (&d)[128], u64 a, u64 b) {
+    asm volatile(MMA("m64n256k16.f32.bf16.bf16", D128, "%128", "%129", ", 0, 0")
+                 : R64(d, 0), R64(d, 64)
+                 : "l"(a), "l"(b));
+  }
   // B (16, N) instead, rows of B contiguous.
   __device__ static __forceinline__ void mma_transposed(float (&d)[32], u64 a, u64 b) {
     asm volatile(MMA("m64n64k16.f32.bf16.bf16", D32, "%32", "%33", ", 0, 1")
                  : R16(d, 0), R16(d, 16)
                  : "l"(a), "l"(b));
+  }
+  // The same with A in registers, as a product leaves it there.
+  __device__ static __forceinline__ void mma_transposed(float (&d)[32], const u32* a, u64 b) {
+    asm volatile(MMA("m64n64k16.f32.bf16.bf16", D32, "{%32,%33,%34,%35}", "%36", ", 1")
+                 : R16(d, 0), R16(d, 16)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  __device__ static __forceinline__ void mma_transposed(float (&d)[8], const u32* a, u64 b) {
+    asm volatile(MMA("m64n16k16.f32.bf16.bf16", D8, "{%8,%9,%10,%11}", "%12", ", 1")
+                 : R4(d, 0), R4(d, 4)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };
 
@@ -339,9 +432,12 @@ struct E4m3 {
 #undef R4
 #undef R16
 #undef R20
+#undef R64
 #undef D4
+#undef D8
 #undef D20
 #undef D32
+#undef D128
 #undef MMA
 
 }  // namespace hopper

@@ -113,16 +113,16 @@ struct Turn {
 
 // This block's share of its head's queries, four chunks of eight columns, to all peers; and a chunk
 // of keys or values of the actions to all blocks. So few columns that a group takes half of K: then
-// the first has queries from the second, and gives it keys or values.
+// each gives the other some chunks, and finishes the rest.
 __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& scale) {
   constexpr int CHUNKS = HEAD / PEERS / 8;
   static_assert(QKV_TILE == 8 * (CHUNKS + 1), "and one of keys or values");
-  const bool recent = b.group == 1;
-  Turn turns[CHUNKS];
+  const auto finishes = [&](int chunk) { return (chunk >= CHUNKS / 2) == (b.group == 1); };
+  Turn turns[CHUNKS + 1];
 #pragma unroll
-  for (int i = 0; i < CHUNKS; ++i) {
-    const int chunk = recent ? b.index : CHUNKS * b.rank + i;
-    if ((!recent || i == 0) && 8 * chunk < HEAD) turns[i].load(b, a, 8 * chunk);  // not values
+  for (int i = 0; i <= CHUNKS; ++i) {
+    const int column = 8 * (i == CHUNKS ? b.index : CHUNKS * b.rank + i);
+    if (finishes(i) && column < HEAD) turns[i].load(b, a, column);  // not values
   }
   float result[QKV_TILE / 2];
   multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
@@ -131,26 +131,26 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
 #pragma unroll
   for (int i = 0; i <= CHUNKS; ++i) {
-    if ((i < CHUNKS) != recent) continue;
+    if (finishes(i)) continue;
     given[128 * i] = make_float4(result[4 * i], result[4 * i + 1], result[4 * i + 2],
                                  result[4 * i + 3]);
   }
   all_consumers();
   const float alpha = scale.alpha();
-  if (recent) {
+  if (finishes(CHUNKS)) {
     char* to = b.buffers + b.lane % 4 * 4;
-    turns[0].apply(b, result + 4 * CHUNKS, given[128 * CHUNKS], alpha, [&](int row, u32 word) {
+    turns[CHUNKS].apply(b, result + 4 * CHUNKS, given[128 * CHUNKS], alpha, [&](int row, u32 word) {
       store_relaxed(to + place_of_recent(b.index, row, b.layer), word);
     });
     mbarrier_arrive(b.shared + RECENT_STORED, 1);
-  } else {
-    const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
+  }
+  const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      turns[i].apply(b, result + 4 * i, given[128 * i], alpha, [&](int row, u32 word) {
-        store_shared(to + (i * ROWS + row) * 16, word);
-      });
-    }
+  for (int i = 0; i < CHUNKS; ++i) {
+    if (!finishes(i)) continue;
+    turns[i].apply(b, result + 4 * i, given[128 * i], alpha, [&](int row, u32 word) {
+      store_shared(to + (i * ROWS + row) * 16, word);
+    });
   }
   b.piece_written();
 }
@@ -182,9 +182,11 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   }
 }
 
+// GELU(gate) · 2 up, by √(2/π) · (gate + 0.044715 gate³).
 __device__ __forceinline__ float gated(float gate, float up) {
-  const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);  // √(2/π) …
-  return 0.5f * gate * (1.0f + tanh_fast(u)) * up;
+  const float u = gate * fmaf(0.0356774081f * gate, gate, 0.7978845608f);
+  const float product = gate * up;
+  return fmaf(product, tanh_fast(u), product);
 }
 
 // Gate and up lie side by side; eight hidden columns of two rows a thread.
@@ -192,7 +194,7 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
   float sum[32];
   wide_product<Format>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
   b.free_x();
-  const float alpha = scale.alpha(), inverse_scale = next.inverse();
+  const float alpha = scale.alpha(), half = 0.5f * alpha * next.inverse();
   const int column = b.rank * (TILE / 2) + 32 * b.group + b.lane % 4 * 8;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -201,9 +203,9 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
     float hidden[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      hidden[j] = gated(alpha * sum[4 * j + 2 * i], alpha * sum[4 * j + 2 * i + 1]);
+      hidden[j] = gated(alpha * sum[4 * j + 2 * i], half * sum[4 * j + 2 * i + 1]);
     }
-    store_operand(b, HIDDEN, row, column, hidden, inverse_scale);
+    store_operand(b, HIDDEN, row, column, hidden, 1.0f);
   }
   b.piece_written();
 }

@@ -88,8 +88,7 @@ struct Row {
     } while (!__any_sync(~0u, some));
     if (!all) {
       load(loaded[0]);
-      const u32 begin = clock();
-      while (clock() - begin < HALF_A_TRIP) {}
+      pause(HALF_A_TRIP);
     }
     while (!all) {
       load(loaded[1]);
@@ -110,6 +109,11 @@ struct Row {
       x[i].x += gate[i].x * sum.x, x[i].y += gate[i].y * sum.y;
       x[i].z += gate[i].z * sum.z, x[i].w += gate[i].w * sum.w;
     }
+  }
+
+  // It will be published in about the time that others take to see this.
+  __device__ void announce(const Block& b) const {
+    if (thread == 0) arrive(b.counters, ROWS_DONE);
   }
 
   // x becomes y: normed, scaled and shifted.
@@ -149,8 +153,6 @@ struct Row {
         store_relaxed(now + place(i), Word{pack_bf16(y[i].x, y[i].y), pack_bf16(y[i].z, y[i].w)});
       }
     }
-    together();
-    if (thread == 0) arrive(b.counters, ROWS_DONE);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       if constexpr (FP8) {
@@ -160,7 +162,7 @@ struct Row {
       }
     }
     together();
-    if (thread == 0) __threadfence();  // before the next arrival
+    if (thread == 0) __threadfence();  // before the row is announced again
   }
 
   // Of four columns in an operand.
@@ -217,6 +219,7 @@ __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
       row.load(b, a, step, half);
       const float inverse_scale = Scale(a, step, last ? 0 : half, 0).inverse();
       if (half) row.add(b, half % 2 == 0);
+      if (!last) row.announce(b);
       row.norm(y);
       if (last) break;
       row.publish(b, y, inverse_scale, half);

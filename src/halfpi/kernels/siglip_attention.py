@@ -1,0 +1,72 @@
+"""Attention of SigLIP as one CUDA kernel for Hopper, for its own sizes only.
+
+A row of logits has 256 numbers, which fit into the registers of a warpgroup's threads: one product
+with all keys, one softmax without rescaling, one product with all values. Triton spills there, and
+goes in steps. The CUDA source lies in `cuda/` and is compiled at run time (extra `hopper`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from halfpi.kernels.cuda_launch import CudaKernel, load, tensor_map
+from halfpi.kernels.cuda_source import is_available
+from halfpi.kernels.spec import FP8, Case, Device
+
+TOKENS, HEAD_DIM = 256, 72
+_ROWS = 128  # queries of a block
+_DEFINES = {"SHARED_BYTES": 121_344}
+_ALIGNED = 8  # numbers in 16 bytes
+
+
+def supports(case: Case, device: Device) -> bool:
+    """Whether the kernel can do a `case` of attention, which has no counts, on `device`."""
+    sizes = (case["t"], case["s"], case["k"], case["kv"])
+    fits = sizes == (TOKENS, TOKENS, HEAD_DIM, case["q"]) and case.dtype == torch.bfloat16
+    return fits and device.capability == 90 and is_available()
+
+
+def siglip_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """As `attention`, of (b, 256, q, 72) and as many heads of keys, with whole images.
+
+    What lies behind the last of a head's 72 keys, those of the next head, must be finite. The caller
+    has checked what `attention` checks. Raises ValueError naming the tensor with other sizes, or
+    that is not rows of all heads, of whole 16 bytes, with an image behind another.
+    """
+    b, _, q, _ = query.shape
+    for name, tensor in (("query", query), ("keys", keys), ("values", values)):
+        stride_b, stride_t, stride_q, _ = tensor.stride()
+        lies = stride_t % _ALIGNED == 0 and (stride_b, stride_q) == (TOKENS * stride_t, HEAD_DIM)
+        if tensor.shape != (b, TOKENS, q, HEAD_DIM) or not lies:
+            raise ValueError(
+                f"{name} must be {(b, TOKENS, q, HEAD_DIM)} with images and heads side by side, "
+                f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    kernel = _kernel(out.dtype == FP8, query.device)
+    stride = query.stride(1) * query.itemsize
+    maps = _tensor_maps(keys) + _tensor_maps(values)
+    kernel((TOKENS // _ROWS, q, b), query, stride, *maps, bias, out, scale)
+
+
+def _tensor_maps(heads: Tensor) -> list[object]:
+    """Of `heads` (b, s, q, k): tiles of a sequence, of 64 and of 16 columns."""
+    b, s, q, k = heads.shape
+    rows = heads.as_strided((b * s, q * k), (heads.stride(1), 1))
+    return [tensor_map(rows, (TOKENS, columns)) for columns in (64, 16)]
+
+
+@functools.cache
+def _kernel(quantises: bool, device: torch.device) -> CudaKernel:
+    defines = {**_DEFINES, "FP8": int(quantises)}
+    return load("siglip_attention", defines, device, 2 * _ROWS, dependent=True)
