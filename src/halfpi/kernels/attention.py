@@ -26,7 +26,7 @@ from halfpi.kernels.attention_launches import (
     attention_launches,
     head_block,
 )
-from halfpi.kernels.packed_attention import packed_attention
+from halfpi.kernels.mqa import mqa
 from halfpi.kernels.siglip_attention import siglip_attention
 from halfpi.kernels.spec import (
     FLOATS,
@@ -233,7 +233,7 @@ def attention(
     changes nothing, and a value's is constant in `out`. key_count, query_count: int32 (b,), how
     many of the s keys and t tokens are valid: others are neither read nor written, except that with
     `launch.tma` and CUDA kernels invalid keys and values must be finite; a sequence with a valid
-    query needs a valid key. The CUDA kernel "siglip" takes no counts, "packed" no bias.
+    query needs a valid key. The CUDA kernel "siglip" takes no counts, others no bias.
     scale: fp32 (1,), quantises an E4M3 `out`. partials: (splits, b, t, q, k) and log_sums: fp32
     (splits, b, t, q), workspace when keys are split; bfloat16 partials halve its traffic.
 
@@ -247,11 +247,11 @@ def attention(
     if launch.kernel == "siglip":
         siglip_attention(query, keys, values, out, bias=bias, scale=scale)
         return
-    if launch.kernel == "packed":
+    if launch.kernel != "triton":
         if bias is not None:
             raise ValueError(f"bias must be None with {launch}")
         counts = {"key_count": key_count, "query_count": query_count}
-        packed_attention(query, keys, values, out, scale=scale, **counts)
+        mqa(launch.kernel, query, keys, values, out, scale=scale, **counts)
         return
     split = launch.splits > 1
     width = head_block(k)
@@ -378,8 +378,10 @@ def _cases() -> Iterator[Case]:
     yield Case("ragged", ragged, real=False)
     ragged = {"b": 3, "t": 19, "q": 3, "k": 72, "s": 70, "kv": 1, "missing": 11, "bias": 1}
     yield Case("ragged-head", ragged, out_dtype=FP8, real=False)
+    # Of CUDA kernels: two tiles of rows, and more keys than a block has at a time.
     ragged = {"b": 2, "t": 9, "q": 8, "k": 256, "s": 1100, "kv": 1, "missing": 5, "bias": 0}
-    yield Case("ragged-packed", ragged, out_dtype=FP8, real=False)
+    yield Case("ragged-few", ragged, out_dtype=FP8, real=False)
+    yield Case("ragged-many", {**ragged, "t": 123, "s": 200}, out_dtype=FP8, real=False)
 
 
 SPEC = KernelSpec("attention", tuple(_cases()), _problem, attention_launches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from halfpi.kernels import packed_attention, siglip_attention
+from halfpi.kernels import mqa, siglip_attention
 from halfpi.kernels.spec import Case, Device, Launch
 
 
@@ -14,8 +14,8 @@ class AttentionLaunch(Launch):
     """Knobs of attention: rows of packed queries, keys a step, programs that share the keys.
 
     tma: keys and values are read through tensor descriptors (sm_90 and newer), without splits. The
-    last step then reads past the valid keys. kernel: "siglip" and "packed" are
-    CUDA kernels for certain sizes (siglip_attention.py, packed_attention.py), without other knobs.
+    last step then reads past the valid keys. kernel: "siglip", "mqa_decode" and
+    "mqa_prefill" are CUDA kernels for certain sizes (siglip_attention.py, mqa.py), without knobs.
     """
 
     block_m: int = 64
@@ -62,15 +62,10 @@ def attention_launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...
         if _shared_bytes(case, block_m, block_n, stages) <= device.shared_bytes
         if split == 1 or not with_tma
     )
-    cuda = {"siglip": siglip_attention.supports, "packed": packed_attention.supports}
-    return (
-        *(
-            AttentionLaunch(pdl=True, kernel=kernel)
-            for kernel, supports in cuda.items()
-            if supports(case, device)
-        ),
-        *launches,
-    )
+    cuda = mqa.kernel_for(case, device)
+    if siglip_attention.supports(case, device):
+        cuda = "siglip"
+    return launches if cuda is None else (AttentionLaunch(pdl=True, kernel=cuda), *launches)
 
 
 def head_block(head_dim: int) -> int:

@@ -18,7 +18,7 @@ from halfpi.kernels.spec import FP8, Case, Device
 
 TOKENS, HEAD_DIM = 256, 72
 _ROWS = 128  # queries of a block
-_DEFINES = {"SHARED_BYTES": 121_344}
+_SHARED_BYTES = 121_344
 _ALIGNED = 8  # numbers in 16 bytes
 
 
@@ -68,5 +68,5 @@ def _tensor_maps(heads: Tensor) -> list[object]:
 
 @functools.cache
 def _kernel(quantises: bool, device: torch.device) -> CudaKernel:
-    defines = {**_DEFINES, "FP8": int(quantises)}
+    defines = {"FP8": int(quantises), "SHARED_BYTES": _SHARED_BYTES}
     return load("siglip_attention", defines, device, 2 * _ROWS, dependent=True)

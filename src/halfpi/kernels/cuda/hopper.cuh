@@ -238,6 +238,16 @@ __device__ __forceinline__ void pause(u32 clocks) {
   while (clock() - begin < clocks) {}
 }
 
+// Registers that a thread of this warpgroup may have from here on, out of what the launch was given.
+template <int COUNT>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // One thread of a warp whose threads do the same, so that all that it needs is in the registers
 // of the warp.
 __device__ __forceinline__ bool elected() {
@@ -348,10 +358,12 @@ struct Matrix {
 
 // A matrix of lines of 128 bytes, or of 32, in groups of eight from an address that is a multiple of
 // a group's bytes. Of row r of 128 bytes the chunk of 16 bytes that belongs at c lies at c ^ (r % 8).
+// lead: bytes to the next line along the rows of a transposed B, if it has several.
 template <int LINE>
 struct SwizzledLines : Matrix {
   static_assert(LINE == 128 || LINE == 32, "as the descriptor says");
-  __device__ __forceinline__ explicit SwizzledLines(u32 address) : Matrix(address, 16, 8 * LINE) {
+  __device__ __forceinline__ explicit SwizzledLines(u32 address, u32 lead = 16)
+      : Matrix(address, lead, 8 * LINE) {
     high |= (LINE == 128 ? 1u : 3u) << 30;
   }
 };
@@ -408,6 +420,11 @@ struct Bf16 {
   __device__ static __forceinline__ void mma_transposed(float (&d)[32], const u32* a, u64 b) {
     asm volatile(MMA("m64n64k16.f32.bf16.bf16", D32, "{%32,%33,%34,%35}", "%36", ", 1")
                  : R16(d, 0), R16(d, 16)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  __device__ static __forceinline__ void mma_transposed(float (&d)[128], const u32* a, u64 b) {
+    asm volatile(MMA("m64n256k16.f32.bf16.bf16", D128, "{%128,%129,%130,%131}", "%132", ", 1")
+                 : R64(d, 0), R64(d, 64)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
   __device__ static __forceinline__ void mma_transposed(float (&d)[8], const u32* a, u64 b) {

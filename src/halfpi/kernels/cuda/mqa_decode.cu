@@ -213,7 +213,7 @@ __device__ __forceinline__ void merge(const Block& b, char* out, int rows, float
 // Grid: (PEERS, tiles of rows, sequences). Of a sequence there are `capacity` keys and `rows` rows,
 // `heads` of them a token; counts say how many keys and tokens are valid.
 extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREADS, 1)
-    packed_attention(const __grid_constant__ TensorMap queries,
+    mqa_decode(const __grid_constant__ TensorMap queries,
                      const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
                      char* out, const float* scale, const int* key_count, const int* query_count,
                      long long capacity, long long rows, long long heads) {

@@ -1,0 +1,336 @@
+// Attention of many queries whose heads share one head of keys: a pair of blocks has 128 rows, which
+// are heads of tokens, and each takes half of the keys, so that a multiprocessor reads half of them.
+// Of a block's two groups, which have 64 rows each, one gives its averages to the other block, where
+// the same rows are merged.
+#include "softmax.cuh"
+
+namespace {
+
+using namespace hopper;
+
+constexpr int HEAD = 256, GROUPS = 2, ROWS = 64 * GROUPS, TILE = 64;  // keys at a time
+constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;    // a warp of the last copies
+constexpr int PEERS = 2;
+constexpr int BYTES = FP8 ? 1 : 2;                    // of an output
+constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
+// Operands come as lines of 64 dimensions: (line, row, 128 bytes).
+constexpr int LINE = 64, LINES = HEAD / LINE;
+constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
+constexpr int UNIT = LINES * TILE_LINE, SLOTS = 5;  // a ring of keys and values in turn
+constexpr int QUERIES = 0, RING = QUERIES + LINES * QUERY_LINE;
+constexpr int LOG_SUM = RING + SLOTS * UNIT, PEERS_LOG_SUM = LOG_SUM + 64 * 4;
+constexpr int FULL = PEERS_LOG_SUM + 64 * 4, EMPTY = FULL + 8 * SLOTS;
+constexpr int QUERIES_FULL = EMPTY + 8 * SLOTS, AVERAGES_FULL = QUERIES_FULL + 8 * LINES;
+static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
+// Each warp's part of the averages lies where the queries of its group were, in one of the lines.
+constexpr int WARP_BYTES = QUERY_LINE / GROUPS;
+
+struct Cursor {  // a place in the ring
+  int slot = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+};
+
+struct Block {
+  char* memory;
+  u32 shared, rank;
+  int group, warp, lane;  // warp of the group
+  int count, tiles;       // of this block's keys
+
+  __device__ __forceinline__ explicit Block(char* memory)
+      : memory(memory), shared(shared_address(memory)), rank(cluster_rank()),
+        group(uniform(threadIdx.x / 128)), warp(uniform(threadIdx.x / 32 % 4)),
+        lane(threadIdx.x % 32) {}
+  __device__ __forceinline__ void wait_for(int barrier, u32 parity) const {
+    while (!mbarrier_passed(shared + barrier, parity)) {}
+  }
+  __device__ __forceinline__ u32 unit(const Cursor& at) const {
+    return shared + RING + at.slot * UNIT;
+  }
+  __device__ __forceinline__ int part() const {  // of this warp, of the averages
+    return QUERIES + warp * QUERY_LINE + group * WARP_BYTES;
+  }
+};
+
+// By a warp: all tiles of keys and values, and first the queries.
+__device__ __forceinline__ void copy_all(const Block& b, const TensorMap& queries,
+                                         const TensorMap& keys, const TensorMap& values, int row,
+                                         int key) {
+  Cursor at{0, 1};
+  auto fill = [&](const TensorMap& map, int first) {
+    b.wait_for(EMPTY + 8 * at.slot, at.parity);
+    const u32 full = b.shared + FULL + 8 * at.slot;
+    if (elected()) {
+      mbarrier_expect(full, UNIT);
+#pragma unroll
+      for (int i = 0; i < LINES; ++i) {
+        tensor_copy(b.unit(at) + i * TILE_LINE, map, i * LINE, first, full);
+      }
+    }
+    __syncwarp();
+    at.advance();
+  };
+  for (int tile = 0; tile < b.tiles; ++tile) {
+    fill(keys, key + tile * TILE);
+    if (tile == 0 && elected()) {
+#pragma unroll
+      for (int i = 0; i < LINES; ++i) {
+        const u32 full = b.shared + QUERIES_FULL + 8 * i;
+        mbarrier_expect(full, QUERY_LINE);
+        tensor_copy(b.shared + QUERIES + i * QUERY_LINE, queries, i * LINE, row, full);
+      }
+    }
+    __syncwarp();
+    fill(values, key + tile * TILE);
+  }
+}
+
+// Of 64 rows. A thread has two, the second eight further on.
+struct Attention {
+  float average[HEAD / 2] = {}, logits[TILE / 2];
+  float highest[2] = {-infinity(), -infinity()}, total[2] = {};
+  u32 weights[TILE / 4];
+
+  // Starts, and leaves waiting to the caller.
+  __device__ __forceinline__ void multiply(const Block& b, const Cursor& at, bool first) {
+#pragma unroll
+    for (int i = 0; i < TILE / 2; ++i) logits[i] = 0.0f;
+    b.wait_for(FULL + 8 * at.slot, at.parity);
+    __syncwarp();
+    settle(logits);
+    wgmma_fence();
+#pragma unroll
+    for (int line = 0; line < LINES; ++line) {
+      if (first) b.wait_for(QUERIES_FULL + 8 * line, 0);
+      const Swizzled queries(b.shared + QUERIES + line * QUERY_LINE + b.group * WARP_BYTES);
+      const Swizzled keys(b.unit(at) + line * TILE_LINE);
+#pragma unroll
+      for (int k = 0; k < LINE; k += 16) Bf16::mma(logits, queries.at(k * 2), keys.at(k * 2));
+    }
+    wgmma_commit();
+  }
+
+  // Logits, of which `valid` keys count, become weights.
+  __device__ __forceinline__ void weigh(const Block& b, int valid) {
+    settle(logits);
+    float top[2] = {highest[0], highest[1]}, base[2], shrink[2];
+    find_top<TILE>(logits, b.lane, valid, top);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = over_quad(top[i], true);
+      base[i] = top[i] == -infinity() ? 0.0f : top[i] * LOGIT_SCALE;
+      shrink[i] = exp2_fast(highest[i] * LOGIT_SCALE - base[i]);
+      highest[i] = top[i];
+      total[i] *= shrink[i];
+    }
+#pragma unroll
+    for (int i = 0; i < TILE / 2; i += 2) {
+      const int row = i / 2 % 2;
+      const float even = exp2_fast(fmaf(logits[i], LOGIT_SCALE, -base[row]));
+      const float odd = exp2_fast(fmaf(logits[i + 1], LOGIT_SCALE, -base[row]));
+      total[row] += even + odd;
+      weights[i / 2] = pack_bf16(even, odd);
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; ++i) average[i] *= shrink[i / 2 % 2];
+  }
+
+  __device__ __forceinline__ void add_values(const Block& b, const Cursor& at) {
+    b.wait_for(FULL + 8 * at.slot, at.parity);
+    __syncwarp();
+    const Swizzled values(b.unit(at), TILE_LINE);
+    settle(average);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < TILE; k += 16) {
+      Bf16::mma_transposed(average, weights + k / 4, values.at(k * LINE * 2));
+    }
+    wgmma_commit();
+  }
+  // Waits for what add_values started, but for LATER products.
+  template <int LATER>
+  __device__ __forceinline__ void added() {
+    wgmma_wait<LATER>();
+    settle(average);
+#pragma unroll
+    for (int i = 0; i < TILE / 4; ++i) asm volatile("" ::"r"(weights[i]));  // were read until now
+  }
+
+  __device__ __forceinline__ float log_sum(int i) const {
+    return highest[i] * LOGIT_SCALE + log2_fast(total[i]);
+  }
+
+  // To the same warp of the other block, as 16 bytes of each thread in turn.
+  __device__ __forceinline__ void send(const Block& b) const {
+    const u32 part = b.shared + b.part(), peer = 1 - b.rank;
+    const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) inverse[i] = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; i += 8) {
+      u32 words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        words[j] = pack_bf16(average[i + 2 * j] * inverse[j % 2],
+                             average[i + 2 * j + 1] * inverse[j % 2]);
+      }
+      store_shared(part + (i / 8 * 32 + b.lane) * 16,
+                   make_uint4(words[0], words[1], words[2], words[3]));
+    }
+    const int row = 16 * b.warp;
+    float* log_sums = reinterpret_cast<float*>(b.memory + LOG_SUM) + row + b.lane / 4;
+    if (b.lane % 4 == 0) log_sums[0] = log_sum(0), log_sums[8] = log_sum(1);
+    fence_async_proxy();
+    __syncwarp();
+    if (!elected()) return;
+    bulk_push(in_block(part, peer), part, WARP_BYTES, full);
+    bulk_push(in_block(b.shared + PEERS_LOG_SUM + row * 4, peer), b.shared + LOG_SUM + row * 4, 64,
+              full);
+  }
+
+  // With what the other block sent.
+  __device__ __forceinline__ void merge(const Block& b, float scale) {
+    const float* others = reinterpret_cast<const float*>(b.memory + PEERS_LOG_SUM) + 16 * b.warp +
+                          b.lane / 4;
+    float own[2], other[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float mine = log_sum(i), theirs = others[8 * i], top = fmaxf(mine, theirs);
+      own[i] = exp2_fast(mine - top), other[i] = exp2_fast(theirs - top);
+      const float inverse = scale * reciprocal(own[i] + other[i]);
+      own[i] *= total[i] > 0.0f ? inverse * reciprocal(total[i]) : 0.0f, other[i] *= inverse;
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; i += 8) {
+      const uint4 v = load_shared(b.shared + b.part() + (i / 8 * 32 + b.lane) * 16);
+      const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float* at = average + i + 2 * j;
+        at[0] = at[0] * own[j % 2] + low_bf16(words[j]) * other[j % 2];
+        at[1] = at[1] * own[j % 2] + high_bf16(words[j]) * other[j % 2];
+      }
+    }
+    __syncwarp();
+  }
+
+  // Of the warp's sixteen rows `valid`, by way of shared memory: 16 bytes of a row change places.
+  __device__ __forceinline__ void store(const Block& b, char* out, int valid) const {
+    constexpr int ROW_BYTES = HEAD * BYTES, PIECES = ROW_BYTES / 16;
+    const u32 part = b.shared + b.part();
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; i += 2) {
+      const int row = b.lane / 4 + i / 2 % 2 * 8;
+      const int byte = (i / 4 * 8 + b.lane % 4 * 2) * BYTES;
+      const u32 at = part + row * ROW_BYTES + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
+      if constexpr (FP8) {
+        store_shared(at, pack_e4m3(average[i], average[i + 1]));
+      } else {
+        store_shared(at, pack_bf16(average[i], average[i + 1]));
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = b.lane; i < 16 * PIECES; i += 32) {
+      const int row = i / PIECES, piece = i % PIECES;
+      if (row >= valid) continue;
+      const uint4 v = load_shared(part + row * ROW_BYTES + (piece ^ (row % 8)) * 16);
+      *reinterpret_cast<uint4*>(out + long(row) * ROW_BYTES + piece * 16) = v;
+    }
+  }
+};
+
+__device__ __forceinline__ void release(const Block& b, const Cursor& at) {
+  if (b.lane == 0) mbarrier_arrive(b.shared + EMPTY + 8 * at.slot, 1);
+}
+
+// All keys of this block. Each product but the first is started while the values of the tile before
+// are added.
+__device__ __forceinline__ void attend(const Block& b, Attention& attention) {
+  Cursor keys, values;
+  values.advance();
+  attention.multiply(b, keys, true);
+  wgmma_wait<0>();
+  release(b, keys);
+#pragma unroll 1
+  for (int tile = 0; tile < b.tiles - 1; ++tile) {
+    attention.weigh(b, b.count - tile * TILE);
+    attention.add_values(b, values);
+    keys.advance(), keys.advance();
+    attention.multiply(b, keys, false);
+    attention.added<1>();
+    release(b, values);
+    values.advance(), values.advance();
+    wgmma_wait<0>();
+    release(b, keys);
+  }
+  cluster_arrive_relaxed();  // queries are read, so averages may come
+  attention.weigh(b, b.count - (b.tiles - 1) * TILE);
+  attention.add_values(b, values);
+  attention.added<0>();
+}
+
+}  // namespace
+
+// Grid: (PEERS, tiles of rows, sequences). Of a sequence there are `capacity` keys and `rows` rows,
+// `heads` of them a token; counts say how many keys and tokens are valid.
+extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREADS, 1)
+    mqa_prefill(const __grid_constant__ TensorMap queries,
+                     const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
+                     char* out, const float* scale, const int* key_count, const int* query_count,
+                     long long capacity, long long rows, long long heads) {
+  extern __shared__ __align__(1024) char memory[];
+  Block b(memory);
+  const int sequence = blockIdx.z, first_row = blockIdx.y * ROWS;
+
+  launch_dependents();
+  const int key_total = key_count ? key_count[sequence] : capacity;
+  const int valid_rows = (query_count ? query_count[sequence] * heads : rows) - first_row;
+  const float inverse_scale = FP8 ? reciprocal(*scale) : 1.0f;
+  const int first_key = b.rank * key_total / PEERS;
+  b.count = (b.rank + 1) * key_total / PEERS - first_key;
+  b.tiles = b.count > TILE ? (b.count + TILE - 1) / TILE : 1;
+  if (threadIdx.x == 0) {
+    prefetch_map(queries), prefetch_map(keys), prefetch_map(values);
+    for (int i = FULL; i <= AVERAGES_FULL; i += 8) {
+      mbarrier_init(b.shared + i, i >= EMPTY && i < QUERIES_FULL ? CONSUMERS / 32 : 1);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarrier_expect(b.shared + AVERAGES_FULL, 4 * (WARP_BYTES + 64));
+  }
+  cluster_barrier();
+  wait_for_kernel_before();
+  if (valid_rows <= 0) return;
+
+  const long row = sequence * rows + first_row;
+  if (b.group == GROUPS) {
+    fewer_registers<40>();
+    if (b.warp == 0) copy_all(b, queries, keys, values, row, sequence * capacity + first_key);
+    cluster_arrive_relaxed();
+    cluster_wait();
+    cluster_arrive_relaxed();
+  } else {
+    more_registers<232>();
+    Attention attention;
+    attend(b, attention);
+    attention.total[0] = over_quad(attention.total[0], false);
+    attention.total[1] = over_quad(attention.total[1], false);
+    cluster_wait();
+    if (b.group != b.rank) {
+      attention.send(b);
+      cluster_arrive_relaxed();
+    } else {
+      b.wait_for(AVERAGES_FULL, 0);
+      __syncwarp();
+      cluster_arrive_relaxed();  // the other block need not stay to give more
+      attention.merge(b, inverse_scale);
+      const int warp_row = 64 * b.group + 16 * b.warp;
+      attention.store(b, out + (row + warp_row) * HEAD * BYTES, valid_rows - warp_row);
+    }
+  }
+  cluster_wait();
+}

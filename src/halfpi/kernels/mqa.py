@@ -1,0 +1,93 @@
+"""Attention whose heads share one head of keys (multi-query attention), as CUDA kernels for Hopper.
+
+All heads of a token are rows of one product. The blocks of a cluster have the same rows and share
+out the keys; they merge their averages from shared memory to shared memory, where the Triton kernel
+needs a second one. With few rows eight blocks bring the keys sooner. With many rows two blocks halve
+what each multiprocessor reads of them, which is what limits it. The CUDA source lies in `cuda/` and
+is compiled at run time (extra `hopper`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfpi.kernels.cuda_launch import CudaKernel, load, tensor_map
+from halfpi.kernels.cuda_source import is_available
+from halfpi.kernels.spec import FP8, Case, Device
+
+HEAD_DIM = 256
+_LINE = 64  # dimensions of a copy
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """rows: of a cluster. tile: keys of a copy. peers: blocks of a cluster, of `threads`."""
+
+    rows: int
+    tile: int
+    peers: int
+    threads: int
+    shared_bytes: int
+
+
+_KERNELS = {
+    "mqa_decode": _Kernel(rows=64, tile=128, peers=8, threads=256, shared_bytes=184_832),
+    "mqa_prefill": _Kernel(rows=128, tile=64, peers=2, threads=384, shared_bytes=230_400),
+}
+_CLUSTERS = 15  # of eight blocks, which run at a time
+
+
+def kernel_for(case: Case, device: Device) -> str | None:
+    """The kernel that is meant for a `case` of attention on `device`, if it can do it."""
+    fits = (case["k"], case["kv"]) == (HEAD_DIM, 1) and case.dtype == torch.bfloat16
+    if not fits or device.capability != 90 or not is_available():
+        return None
+    few = case["t"] * case["q"] <= _CLUSTERS * _KERNELS["mqa_decode"].rows
+    return "mqa_decode" if few else "mqa_prefill"
+
+
+def mqa(
+    name: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    key_count: Tensor | None = None,
+    query_count: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """As `attention`, of (b, t, q, 256) and (b, s, 1, 256) by kernel `name`.
+
+    Invalid keys and values must be finite. The caller has checked what `attention` checks. Raises
+    ValueError naming the tensor with other sizes, or that is not contiguous.
+    """
+    b, t, q, _ = query.shape
+    for operand, tensor, heads in (("query", query, q), ("keys", keys, 1), ("values", values, 1)):
+        expected = (b, tensor.shape[1], heads, HEAD_DIM)
+        if tensor.shape != expected or not tensor.is_contiguous():
+            raise ValueError(
+                f"{operand} must be contiguous {expected}, "
+                f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    sizes = _KERNELS[name]
+    maps = (
+        tensor_map(tensor.view(-1, HEAD_DIM), (rows, _LINE))
+        for tensor, rows in ((query, sizes.rows), (keys, sizes.tile), (values, sizes.tile))
+    )
+    _loaded(name, out.dtype == FP8, query.device)(
+        (sizes.peers, math.ceil(t * q / sizes.rows), b), *maps, out, scale, key_count, query_count,
+        keys.shape[1], t * q, q,
+    )  # fmt: skip
+
+
+@functools.cache
+def _loaded(name: str, quantises: bool, device: torch.device) -> CudaKernel:
+    sizes = _KERNELS[name]
+    defines = {"FP8": int(quantises), "SHARED_BYTES": sizes.shared_bytes}
+    return load(name, defines, device, sizes.threads, dependent=True)
