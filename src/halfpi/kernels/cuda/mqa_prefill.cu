@@ -1,7 +1,6 @@
 // Attention of many queries whose heads share one head of keys: a pair of blocks has 128 rows, which
 // are heads of tokens, and each takes half of the keys, so that a multiprocessor reads half of them.
-// Of a block's two groups, which have 64 rows each, one gives its averages to the other block, where
-// the same rows are merged.
+// Then each merges half of the dimensions of all rows.
 #include "softmax.cuh"
 
 namespace {
@@ -18,12 +17,14 @@ constexpr int LINE = 64, LINES = HEAD / LINE;
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 constexpr int UNIT = LINES * TILE_LINE, SLOTS = 5;  // a ring of keys and values in turn
 constexpr int QUERIES = 0, RING = QUERIES + LINES * QUERY_LINE;
-constexpr int LOG_SUM = RING + SLOTS * UNIT, PEERS_LOG_SUM = LOG_SUM + 64 * 4;
-constexpr int FULL = PEERS_LOG_SUM + 64 * 4, EMPTY = FULL + 8 * SLOTS;
+constexpr int LOG_SUM = RING + SLOTS * UNIT, PEERS_LOG_SUM = LOG_SUM + ROWS * 4;
+constexpr int FULL = PEERS_LOG_SUM + ROWS * 4, EMPTY = FULL + 8 * SLOTS;
 constexpr int QUERIES_FULL = EMPTY + 8 * SLOTS, AVERAGES_FULL = QUERIES_FULL + 8 * LINES;
 static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
-// Each warp's part of the averages lies where the queries of its group were, in one of the lines.
-constexpr int WARP_BYTES = QUERY_LINE / GROUPS;
+// Averages of a warp's sixteen rows lie where queries of its group were, in one of the lines: those
+// for the other block, and those from there.
+constexpr int HALF = HEAD / PEERS, HALF_BYTES = 16 * HALF * 2;
+static_assert(2 * HALF_BYTES * 4 * GROUPS == LINES * QUERY_LINE, "all of it");
 
 struct Cursor {  // a place in the ring
   int slot = 0;
@@ -50,9 +51,11 @@ struct Block {
   __device__ __forceinline__ u32 unit(const Cursor& at) const {
     return shared + RING + at.slot * UNIT;
   }
-  __device__ __forceinline__ int part() const {  // of this warp, of the averages
-    return QUERIES + warp * QUERY_LINE + group * WARP_BYTES;
+  __device__ __forceinline__ u32 given() const {  // by this warp
+    return shared + QUERIES + warp * QUERY_LINE + group * (QUERY_LINE / GROUPS);
   }
+  __device__ __forceinline__ u32 taken() const { return given() + HALF_BYTES; }
+  __device__ __forceinline__ int row() const { return 64 * group + 16 * warp; }  // of this warp
 };
 
 // By a warp: all tiles of keys and values, and first the queries.
@@ -105,7 +108,7 @@ struct Attention {
 #pragma unroll
     for (int line = 0; line < LINES; ++line) {
       if (first) b.wait_for(QUERIES_FULL + 8 * line, 0);
-      const Swizzled queries(b.shared + QUERIES + line * QUERY_LINE + b.group * WARP_BYTES);
+      const Swizzled queries(b.shared + QUERIES + line * QUERY_LINE + b.group * (QUERY_LINE / GROUPS));
       const Swizzled keys(b.unit(at) + line * TILE_LINE);
 #pragma unroll
       for (int k = 0; k < LINE; k += 16) Bf16::mma(logits, queries.at(k * 2), keys.at(k * 2));
@@ -163,38 +166,38 @@ struct Attention {
     return highest[i] * LOGIT_SCALE + log2_fast(total[i]);
   }
 
-  // To the same warp of the other block, as 16 bytes of each thread in turn.
+  // The half from FIRST on, to the same warp of the other block, as 16 bytes of each thread in turn.
+  template <int FIRST>
   __device__ __forceinline__ void send(const Block& b) const {
-    const u32 part = b.shared + b.part(), peer = 1 - b.rank;
-    const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
+    const u32 peer = 1 - b.rank, full = in_block(b.shared + AVERAGES_FULL, peer);
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) inverse[i] = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
 #pragma unroll
-    for (int i = 0; i < HEAD / 2; i += 8) {
+    for (int i = 0; i < HALF / 2; i += 8) {
       u32 words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        words[j] = pack_bf16(average[i + 2 * j] * inverse[j % 2],
-                             average[i + 2 * j + 1] * inverse[j % 2]);
+        const float* v = average + FIRST / 2 + i + 2 * j;
+        words[j] = pack_bf16(v[0] * inverse[j % 2], v[1] * inverse[j % 2]);
       }
-      store_shared(part + (i / 8 * 32 + b.lane) * 16,
+      store_shared(b.given() + (i / 8 * 32 + b.lane) * 16,
                    make_uint4(words[0], words[1], words[2], words[3]));
     }
-    const int row = 16 * b.warp;
-    float* log_sums = reinterpret_cast<float*>(b.memory + LOG_SUM) + row + b.lane / 4;
+    float* log_sums = reinterpret_cast<float*>(b.memory + LOG_SUM) + b.row() + b.lane / 4;
     if (b.lane % 4 == 0) log_sums[0] = log_sum(0), log_sums[8] = log_sum(1);
     fence_async_proxy();
     __syncwarp();
     if (!elected()) return;
-    bulk_push(in_block(part, peer), part, WARP_BYTES, full);
-    bulk_push(in_block(b.shared + PEERS_LOG_SUM + row * 4, peer), b.shared + LOG_SUM + row * 4, 64,
-              full);
+    bulk_push(in_block(b.taken(), peer), b.given(), HALF_BYTES, full);
+    bulk_push(in_block(b.shared + PEERS_LOG_SUM + b.row() * 4, peer),
+              b.shared + LOG_SUM + b.row() * 4, 16 * 4, full);
   }
 
-  // With what the other block sent.
+  // The half from FIRST on, with what the other block sent.
+  template <int FIRST>
   __device__ __forceinline__ void merge(const Block& b, float scale) {
-    const float* others = reinterpret_cast<const float*>(b.memory + PEERS_LOG_SUM) + 16 * b.warp +
+    const float* others = reinterpret_cast<const float*>(b.memory + PEERS_LOG_SUM) + b.row() +
                           b.lane / 4;
     float own[2], other[2];
 #pragma unroll
@@ -205,12 +208,12 @@ struct Attention {
       own[i] *= total[i] > 0.0f ? inverse * reciprocal(total[i]) : 0.0f, other[i] *= inverse;
     }
 #pragma unroll
-    for (int i = 0; i < HEAD / 2; i += 8) {
-      const uint4 v = load_shared(b.shared + b.part() + (i / 8 * 32 + b.lane) * 16);
+    for (int i = 0; i < HALF / 2; i += 8) {
+      const uint4 v = load_shared(b.taken() + (i / 8 * 32 + b.lane) * 16);
       const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        float* at = average + i + 2 * j;
+        float* at = average + FIRST / 2 + i + 2 * j;
         at[0] = at[0] * own[j % 2] + low_bf16(words[j]) * other[j % 2];
         at[1] = at[1] * own[j % 2] + high_bf16(words[j]) * other[j % 2];
       }
@@ -218,19 +221,21 @@ struct Attention {
     __syncwarp();
   }
 
-  // Of the warp's sixteen rows `valid`, by way of shared memory: 16 bytes of a row change places.
+  // Of the warp's rows `valid`, the half from FIRST on, to where it is in the first row, by way of
+  // shared memory: 16 bytes of a row change places.
+  template <int FIRST>
   __device__ __forceinline__ void store(const Block& b, char* out, int valid) const {
-    constexpr int ROW_BYTES = HEAD * BYTES, PIECES = ROW_BYTES / 16;
-    const u32 part = b.shared + b.part();
+    constexpr int ROW_BYTES = HALF * BYTES, PIECES = ROW_BYTES / 16;
 #pragma unroll
-    for (int i = 0; i < HEAD / 2; i += 2) {
+    for (int i = 0; i < HALF / 2; i += 2) {
       const int row = b.lane / 4 + i / 2 % 2 * 8;
       const int byte = (i / 4 * 8 + b.lane % 4 * 2) * BYTES;
-      const u32 at = part + row * ROW_BYTES + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
+      const u32 at = b.taken() + row * ROW_BYTES + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
+      const float* v = average + FIRST / 2 + i;
       if constexpr (FP8) {
-        store_shared(at, pack_e4m3(average[i], average[i + 1]));
+        store_shared(at, pack_e4m3(v[0], v[1]));
       } else {
-        store_shared(at, pack_bf16(average[i], average[i + 1]));
+        store_shared(at, pack_bf16(v[0], v[1]));
       }
     }
     __syncwarp();
@@ -238,9 +243,20 @@ struct Attention {
     for (int i = b.lane; i < 16 * PIECES; i += 32) {
       const int row = i / PIECES, piece = i % PIECES;
       if (row >= valid) continue;
-      const uint4 v = load_shared(part + row * ROW_BYTES + (piece ^ (row % 8)) * 16);
-      *reinterpret_cast<uint4*>(out + long(row) * ROW_BYTES + piece * 16) = v;
+      const uint4 v = load_shared(b.taken() + row * ROW_BYTES + (piece ^ (row % 8)) * 16);
+      *reinterpret_cast<uint4*>(out + long(row) * HEAD * BYTES + piece * 16) = v;
     }
+  }
+
+  // What is left once all queries are read: this block keeps the half from OWN on.
+  template <int OWN>
+  __device__ __forceinline__ void finish(const Block& b, float scale, char* out, int valid) {
+    send<HALF - OWN>(b);
+    b.wait_for(AVERAGES_FULL, 0);
+    __syncwarp();
+    cluster_arrive_relaxed();  // the other block need not stay to give more
+    merge<OWN>(b, scale);
+    store<OWN>(b, out + OWN * BYTES, valid);
   }
 };
 
@@ -300,7 +316,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
       mbarrier_init(b.shared + i, i >= EMPTY && i < QUERIES_FULL ? CONSUMERS / 32 : 1);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    mbarrier_expect(b.shared + AVERAGES_FULL, 4 * (WARP_BYTES + 64));
+    mbarrier_expect(b.shared + AVERAGES_FULL, CONSUMERS / 32 * (HALF_BYTES + 16 * 4));
   }
   cluster_barrier();
   wait_for_kernel_before();
@@ -320,16 +336,11 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
     attention.total[0] = over_quad(attention.total[0], false);
     attention.total[1] = over_quad(attention.total[1], false);
     cluster_wait();
-    if (b.group != b.rank) {
-      attention.send(b);
-      cluster_arrive_relaxed();
+    char* to = out + (row + b.row()) * HEAD * BYTES;
+    if (b.rank) {
+      attention.finish<HALF>(b, inverse_scale, to, valid_rows - b.row());
     } else {
-      b.wait_for(AVERAGES_FULL, 0);
-      __syncwarp();
-      cluster_arrive_relaxed();  // the other block need not stay to give more
-      attention.merge(b, inverse_scale);
-      const int warp_row = 64 * b.group + 16 * b.warp;
-      attention.store(b, out + (row + warp_row) * HEAD * BYTES, valid_rows - warp_row);
+      attention.finish<0>(b, inverse_scale, to, valid_rows - b.row());
     }
   }
   cluster_wait();
