@@ -2,9 +2,9 @@
 
 All heads of a token are rows of one product. The blocks of a cluster have the same rows and share
 out the keys; they merge their averages from shared memory to shared memory, where the Triton kernel
-needs a second one. With few rows eight blocks bring the keys sooner. With many rows two blocks halve
-what each multiprocessor reads of them, which is what limits it. The CUDA source lies in `cuda/` and
-is compiled at run time (extra `hopper`).
+needs a second one. With few rows eight blocks bring the keys sooner. With many rows two blocks
+halve what each multiprocessor reads of them, which is what limits it. The CUDA source lies in
+`cuda/` and is compiled at run time (extra `hopper`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Kernel:
     shared_bytes: int
 
 
-_KERNELS = {
+KERNELS = {
     "mqa_decode": _Kernel(rows=64, tile=128, peers=8, threads=256, shared_bytes=184_832),
     "mqa_prefill": _Kernel(rows=128, tile=64, peers=2, threads=384, shared_bytes=230_528),
 }
@@ -47,7 +47,7 @@ def kernel_for(case: Case, device: Device) -> str | None:
     fits = (case["k"], case["kv"]) == (HEAD_DIM, 1) and case.dtype == torch.bfloat16
     if not fits or device.capability != 90 or not is_available():
         return None
-    few = case["t"] * case["q"] <= _CLUSTERS * _KERNELS["mqa_decode"].rows
+    few = case["t"] * case["q"] <= _CLUSTERS * KERNELS["mqa_decode"].rows
     return "mqa_decode" if few else "mqa_prefill"
 
 
@@ -75,7 +75,7 @@ def mqa(
                 f"{operand} must be contiguous {expected}, "
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
-    sizes = _KERNELS[name]
+    sizes = KERNELS[name]
     maps = (
         tensor_map(tensor.view(-1, HEAD_DIM), (rows, _LINE))
         for tensor, rows in ((query, sizes.rows), (keys, sizes.tile), (values, sizes.tile))
@@ -88,6 +88,6 @@ def mqa(
 
 @functools.cache
 def _loaded(name: str, quantises: bool, device: torch.device) -> CudaKernel:
-    sizes = _KERNELS[name]
+    sizes = KERNELS[name]
     defines = {"FP8": int(quantises), "SHARED_BYTES": sizes.shared_bytes}
     return load(name, defines, device, sizes.threads, dependent=True)

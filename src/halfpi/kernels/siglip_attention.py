@@ -18,7 +18,7 @@ from halfpi.kernels.spec import FP8, Case, Device
 
 TOKENS, HEAD_DIM = 256, 72
 _ROWS = 128  # queries of a block
-_SHARED_BYTES = 121_344
+SHARED_BYTES = 121_344
 _ALIGNED = 8  # numbers in 16 bytes
 
 
@@ -40,14 +40,15 @@ def siglip_attention(
 ) -> None:
     """As `attention`, of (b, 256, q, 72) and as many heads of keys, with whole images.
 
-    What lies behind the last of a head's 72 keys, those of the next head, must be finite. The caller
-    has checked what `attention` checks. Raises ValueError naming the tensor with other sizes, or
-    that is not rows of all heads, of whole 16 bytes, with an image behind another.
+    Keys must be finite: a head's are multiplied with the next one's, too, by zero. The caller has
+    checked what `attention` checks. Raises ValueError naming the tensor with other sizes, or that
+    is not rows of all heads, of whole 16 bytes, with an image behind another.
     """
     b, _, q, _ = query.shape
     for name, tensor in (("query", query), ("keys", keys), ("values", values)):
         stride_b, stride_t, stride_q, _ = tensor.stride()
-        lies = stride_t % _ALIGNED == 0 and (stride_b, stride_q) == (TOKENS * stride_t, HEAD_DIM)
+        lies = (stride_b, stride_q) == (TOKENS * stride_t, HEAD_DIM)
+        lies &= stride_t % _ALIGNED == 0 and tensor.storage_offset() % _ALIGNED == 0
         if tensor.shape != (b, TOKENS, q, HEAD_DIM) or not lies:
             raise ValueError(
                 f"{name} must be {(b, TOKENS, q, HEAD_DIM)} with images and heads side by side, "
@@ -68,5 +69,5 @@ def _tensor_maps(heads: Tensor) -> list[object]:
 
 @functools.cache
 def _kernel(quantises: bool, device: torch.device) -> CudaKernel:
-    defines = {"FP8": int(quantises), "SHARED_BYTES": _SHARED_BYTES}
+    defines = {"FP8": int(quantises), "SHARED_BYTES": SHARED_BYTES}
     return load("siglip_attention", defines, device, 2 * _ROWS, dependent=True)

@@ -53,22 +53,6 @@ __device__ __forceinline__ bool has_mark(Word v, u32 mark) { return (v.low & 1) 
 // What is not there yet: two or four numbers that no conversion gives, all of them NaN.
 constexpr u32 BLANK = ~0u;
 
-struct Watchdog {
-#ifdef WATCHDOG
-  long long start = clock64();
-  __device__ void check() {
-    if (clock64() - start > 2000000000ll) __trap();
-  }
-#else
-  __device__ void check() {}
-#endif
-};
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  Watchdog watchdog;
-  while (!mbarrier_passed(barrier, parity)) watchdog.check();
-}
-
 // Counters, 128 bytes apart.
 enum Counter { ROWS_DONE, RECENT_DONE, COUNTERS };
 

@@ -16,6 +16,11 @@ __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+// After the last one, by the same thread; a barrier of the cluster must follow.
+__device__ __forceinline__ void mbarriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 __device__ __forceinline__ void mbarrier_arrive(u32 barrier, u32 count) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
                : "memory");
@@ -43,7 +48,24 @@ __device__ __forceinline__ bool mbarrier_passed(u32 barrier, u32 parity) {
   return passed;
 }
 
-// The same at once, where that may keep the thread for a while.
+// Of whatever should come soon: with WATCHDOG the kernel ends in an error when it does not.
+struct Watchdog {
+#ifdef WATCHDOG
+  long long start = clock64();
+  __device__ void check() {
+    if (clock64() - start > 2000000000ll) __trap();
+  }
+#else
+  __device__ void check() {}
+#endif
+};
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+  Watchdog watchdog;
+  while (!mbarrier_passed(barrier, parity)) watchdog.check();
+}
+
+// Whether it has passed at once, where mbarrier_passed may keep the thread for a while.
 __device__ __forceinline__ bool mbarrier_passed_already(u32 barrier, u32 parity) {
   u32 passed;
   asm volatile(

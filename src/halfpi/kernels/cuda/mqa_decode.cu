@@ -1,18 +1,12 @@
 // Attention of a few queries whose heads share one head of keys: a cluster has 64 rows, which are
 // heads of tokens, and its blocks share out the keys. A block averages the values of its keys, then
 // merges all blocks' averages of some dimensions.
-#include "softmax.cuh"
+#include "mqa.cuh"
 
 namespace {
 
-using namespace hopper;
-
-constexpr int HEAD = 256, ROWS = 64, TILE = 128;  // keys at a time
+constexpr int ROWS = 64, TILE = 128;  // keys at a time
 constexpr int PEERS = 8, GROUPS = 2, THREADS = 128 * GROUPS;
-constexpr int BYTES = FP8 ? 1 : 2;                    // of an output
-constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
-// Operands come as lines of 64 dimensions: (line, row, 128 bytes).
-constexpr int LINE = 64, LINES = HEAD / LINE;
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 // A group has PARTS lines of the values. Of each a peer merges 16 dimensions: half of its piece.
 constexpr int PARTS = LINES / GROUPS, HALF_PIECE = ROWS * 16 * 2, PIECE = PARTS * HALF_PIECE;
@@ -39,7 +33,7 @@ struct Block {
     return reinterpret_cast<float*>(memory + at);
   }
   __device__ __forceinline__ void wait_for(int barrier, u32 parity) const {
-    while (!mbarrier_passed(shared + barrier, parity)) {}
+    wait(shared + barrier, parity);
   }
   // By one thread: of a tile of keys, with the queries if it is the first, or of values.
   __device__ __forceinline__ void copy_keys(const TensorMap& keys, int key,
@@ -228,7 +222,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   if (b.thread == 0) {
     prefetch_map(queries), prefetch_map(keys), prefetch_map(values);
     for (int i = KEYS_FULL; i <= AVERAGES_FULL; i += 8) mbarrier_init(b.shared + i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarriers_ready();
   }
   cluster_barrier();
   wait_for_kernel_before();

@@ -1,19 +1,13 @@
 // Attention of many queries whose heads share one head of keys: a pair of blocks has 128 rows, which
 // are heads of tokens, and each takes half of the keys, so that a multiprocessor reads half of them.
 // Then each merges half of the dimensions of all rows.
-#include "softmax.cuh"
+#include "mqa.cuh"
 
 namespace {
 
-using namespace hopper;
-
-constexpr int HEAD = 256, GROUPS = 2, ROWS = 64 * GROUPS, TILE = 64;  // keys at a time
+constexpr int GROUPS = 2, ROWS = 64 * GROUPS, TILE = 64;  // keys at a time
 constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;    // a warp of the last copies
 constexpr int PEERS = 2;
-constexpr int BYTES = FP8 ? 1 : 2;                    // of an output
-constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
-// Operands come as lines of 64 dimensions: (line, row, 128 bytes).
-constexpr int LINE = 64, LINES = HEAD / LINE;
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 constexpr int UNIT = LINES * TILE_LINE, SLOTS = 5;  // a ring of keys and values in turn
 constexpr int QUERIES = 0, RING = QUERIES + LINES * QUERY_LINE;
@@ -46,7 +40,7 @@ struct Block {
         group(uniform(threadIdx.x / 128)), warp(uniform(threadIdx.x / 32 % 4)),
         lane(threadIdx.x % 32) {}
   __device__ __forceinline__ void wait_for(int barrier, u32 parity) const {
-    while (!mbarrier_passed(shared + barrier, parity)) {}
+    wait(shared + barrier, parity);
   }
   __device__ __forceinline__ u32 unit(const Cursor& at) const {
     return shared + RING + at.slot * UNIT;
@@ -315,7 +309,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
     for (int i = FULL; i <= AVERAGES_FULL; i += 8) {
       mbarrier_init(b.shared + i, i >= EMPTY && i < QUERIES_FULL ? CONSUMERS / 32 : 1);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarriers_ready();
     mbarrier_expect(b.shared + AVERAGES_FULL, CONSUMERS / 32 * (HALF_BYTES + 16 * 4));
   }
   cluster_barrier();

@@ -28,9 +28,6 @@ struct Operand {
     tensor_copy(at, most, column, row, barrier);
     tensor_copy(at + MOST_BYTES, rest, column + MOST, row, barrier);
   }
-  __device__ __forceinline__ void wait() const {
-    while (!mbarrier_passed(barrier, 0)) {}
-  }
 };
 
 __device__ __forceinline__ u32 biased(u32 word, float low, float high) {
@@ -182,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) siglip_attention(
     prefetch_map(values_most), prefetch_map(values_rest);
     mbarrier_init(keys.barrier, 1);
     mbarrier_init(values.barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarriers_ready();
   }
   const float inverse_scale = FP8 ? reciprocal(*scale) : 1.0f;
   __syncthreads();
@@ -197,10 +194,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) siglip_attention(
   queries.store(shared + QUERIES, query_bias);
   fence_async_proxy();
   __syncthreads();
-  keys.wait();
+  wait(keys.barrier, 0);
   float logits[TOKENS / 2] = {};
   multiply(logits, shared + QUERIES + group * 64 * 16, keys.at);
-  values.wait();
+  wait(values.barrier, 0);
   wgmma_wait<0>();
   settle(logits);
 

@@ -1,0 +1,172 @@
+"""Attention in CUDA: that it compiles without a GPU, when it is offered, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from halfpi.kernels import attention_launches, mqa, siglip_attention, specs, tuned
+from halfpi.kernels.attention import attention
+from halfpi.kernels.cuda_source import is_available, ptx, report
+from halfpi.kernels.spec import FP8, Case, Device, error_ratio
+
+HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
+SIGLIP = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16}
+FEW = {"b": 1, "t": 50, "q": 8, "k": 256, "s": 1018, "kv": 1}
+MANY = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1}
+SHARED_BYTES = {
+    "siglip_attention": siglip_attention.SHARED_BYTES,
+    **{name: kernel.shared_bytes for name, kernel in mqa.KERNELS.items()},
+}
+needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantises", [False, True])
+@pytest.mark.parametrize("name", SHARED_BYTES)
+def test_compiles_without_spills(name: str, *, quantises: bool) -> None:
+    shared_bytes = SHARED_BYTES[name]
+    assert shared_bytes <= HOPPER.shared_bytes
+    defines = {"FP8": int(quantises), "SHARED_BYTES": shared_bytes}
+    said = report(name, defines)
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(spilled) <= 8, said
+    assert "serialized" not in said
+    code = ptx(name, defines)
+    for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "griddepcontrol.wait"):
+        assert instruction in code
+    assert ("e4m3x2" in code) == quantises
+
+
+def kernel(
+    sizes: dict[str, int],
+    device: Device = HOPPER,
+    dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> str:
+    """Of the launch in use."""
+    launch = tuned.best("attention", sizes, dtype, out_dtype, device)
+    assert isinstance(launch, attention_launches.AttentionLaunch)
+    return launch.kernel
+
+
+@needs_compiler
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP8])
+def test_hopper_uses_it_for_its_sizes(out_dtype: torch.dtype) -> None:
+    for sizes, name in ((SIGLIP, "siglip"), (FEW, "mqa_decode"), (MANY, "mqa_prefill")):
+        assert kernel(sizes, out_dtype=out_dtype) == name
+        assert kernel(sizes, ADA, out_dtype=out_dtype) == "triton"
+        assert kernel(sizes, dtype=torch.float32, out_dtype=torch.float32) == "triton"
+    for other in ({**SIGLIP, "s": 64, "t": 64}, {**FEW, "k": 128}, {**MANY, "kv": 2}):
+        assert kernel(other, out_dtype=out_dtype) == "triton"
+    assert kernel({**SIGLIP, "b": 1}, out_dtype=out_dtype) == "siglip"
+    assert kernel({**MANY, "t": 256, "s": 256}, out_dtype=out_dtype) == "mqa_prefill"
+
+
+def test_triton_serves_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (siglip_attention, mqa):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+    assert {kernel(sizes) for sizes in (SIGLIP, FEW, MANY)} == {"triton"}
+
+
+# Tokens, keys, and how many are missing in the second of two sequences: one row, fewer keys than
+# blocks, tiles that end anywhere, more keys than a block has at a time.
+RAGGED = [(1, 5, 0), (3, 8, 2), (17, 129, 0), (120, 4000, 77)]
+RAGGED += [(121, 3, 1), (200, 70, 60), (300, 2000, 11), (968, 968, 300)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize(("tokens", "keys", "missing"), RAGGED)
+def test_error_rule_and_equal_bits(
+    tokens: int, keys: int, missing: int, out_dtype: torch.dtype
+) -> None:
+    cuda = torch.device("cuda")
+    sizes = {"b": 2, "t": tokens, "q": 8, "k": 256, "s": keys, "kv": 1, "bias": 0}
+    case = Case("", {**sizes, "missing": missing}, out_dtype=out_dtype)
+    name = mqa.kernel_for(case, Device.of(cuda))
+    if name is None:
+        pytest.skip("no Hopper GPU with cuda-core")
+    launch = attention_launches.AttentionLaunch(pdl=True, kernel=name)
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        problem = specs()["attention"].problem(case, launch, cuda)
+        problem.run()
+        assert error_ratio(problem) <= 2
+        outputs.append(problem.outputs[0])
+    first, second = (output.written(output.tensor.view(torch.uint8)) for output in outputs)
+    assert torch.equal(first, second)
+    assert outputs[0].valid is not None
+    untouched = outputs[0].tensor[~outputs[0].valid.to(cuda)]
+    assert untouched.float().isnan().all()
+
+
+def bfloat16(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+COUNT = torch.ones(1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "message"),
+    [
+        ("siglip", {"key_count": COUNT}, "key_count must be None with .*siglip"),
+        ("siglip", {"query_count": COUNT}, "query_count must be None with .*siglip"),
+        ("mqa_prefill", {"bias": torch.zeros(2, 72)}, "bias must be None with .*mqa_prefill"),
+        (
+            "mqa_decode",
+            {name: bfloat16(1, 4, 2, 72).half() for name in ("query", "keys", "values")},
+            "query must be bfloat16 with .*mqa_decode",
+        ),
+    ],
+)
+def test_attention_refuses(kernel: str, change: dict[str, Any], message: str) -> None:
+    operands = {name: bfloat16(1, 4, 2, 72) for name in ("query", "keys", "values", "out")}
+    launch = attention_launches.AttentionLaunch(kernel=kernel)
+    with pytest.raises(ValueError, match=message):
+        attention(**{**operands, "launch": launch, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": bfloat16(1, 64, 2, 72)}, r"keys must be \(1, 256, 2, 72\)"),
+        ({"query": bfloat16(1, 256, 2, 80)[..., :72]}, "query must be .* heads side by side"),
+        ({"values": bfloat16(2, 256, 2, 72)[:1].expand(1, 256, 2, 72)[:, ::2]}, "values must be"),
+        ({"values": bfloat16(1, 256, 148)[..., 4:].view(1, 256, 2, 72)}, "values must be"),
+        ({"values": bfloat16(1, 256, 152)[..., 4:-4].view(1, 256, 2, 72)}, "values must be"),
+    ],
+)
+def test_siglip_refuses(change: dict[str, Any], message: str) -> None:
+    operands = {name: bfloat16(1, 256, 2, 72) for name in ("query", "keys", "values", "out")}
+    with pytest.raises(ValueError, match=message):
+        siglip_attention.siglip_attention(**{**operands, **change})
+
+
+@pytest.mark.parametrize("name", mqa.KERNELS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": bfloat16(1, 9, 2, 256)}, r"keys must be contiguous \(1, 9, 1, 256\)"),
+        ({"values": bfloat16(1, 18, 1, 256)[:, ::2]}, "values must be contiguous"),
+        ({"query": bfloat16(1, 5, 8, 128)}, r"query must be contiguous \(1, 5, 8, 256\)"),
+    ],
+)
+def test_mqa_refuses(name: str, change: dict[str, Any], message: str) -> None:
+    operands = {
+        "query": bfloat16(1, 5, 8, 256),
+        "keys": bfloat16(1, 9, 1, 256),
+        "values": bfloat16(1, 9, 1, 256),
+        "out": bfloat16(1, 5, 8, 256),
+    }
+    with pytest.raises(ValueError, match=message):
+        mqa.mqa(name, **{**operands, **change})
