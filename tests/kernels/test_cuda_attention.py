@@ -136,6 +136,11 @@ def test_attention_refuses(kernel: str, change: dict[str, Any], message: str) ->
         attention(**{**operands, "launch": launch, **change})
 
 
+def test_there_are_four_kernels() -> None:
+    with pytest.raises(ValueError, match=r"kernel must be one of .* got 'flash'"):
+        attention_launches.AttentionLaunch(kernel="flash")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from halfpi.kernels import mqa, siglip_attention
 from halfpi.kernels.spec import Case, Device, Launch
 
+_KERNELS = ("triton", "siglip", *mqa.KERNELS)
+
 
 @dataclass(frozen=True)
 class AttentionLaunch(Launch):
     """Knobs of attention: rows of packed queries, keys a step, programs that share the keys.
 
     tma: keys and values are read through tensor descriptors (sm_90 and newer), without splits. The
-    last step then reads past the valid keys. kernel: "siglip", "mqa_decode" and
-    "mqa_prefill" are CUDA kernels for certain sizes (siglip_attention.py, mqa.py), without knobs.
+    last step then reads past the valid keys. kernel: "triton", or one of the CUDA kernels for
+    certain sizes, "siglip" (siglip_attention.py) and those of mqa.py, which have no knobs.
     """
 
     block_m: int = 64
@@ -27,6 +29,8 @@ class AttentionLaunch(Launch):
     def __post_init__(self) -> None:
         if self.tma and self.splits > 1:
             raise ValueError(f"tma does not go with splits, got {self}")
+        if self.kernel not in _KERNELS:
+            raise ValueError(f"kernel must be one of {_KERNELS}, got {self.kernel!r}")
 
     @property
     def is_general(self) -> bool:
