@@ -47,7 +47,7 @@ def siglip_attention(
     b, _, q, _ = query.shape
     for name, tensor in (("query", query), ("keys", keys), ("values", values)):
         stride_b, stride_t, stride_q, _ = tensor.stride()
-        lies = (stride_b, stride_q) == (TOKENS * stride_t, HEAD_DIM)
+        lies = stride_q == HEAD_DIM and (b == 1 or stride_b == TOKENS * stride_t)
         lies &= stride_t % _ALIGNED == 0 and tensor.storage_offset() % _ALIGNED == 0
         if tensor.shape != (b, TOKENS, q, HEAD_DIM) or not lies:
             raise ValueError(

@@ -16,7 +16,7 @@ __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// After the last one, by the same thread; a barrier of the cluster must follow.
+// After the last one, by the same thread; all that use them must meet afterwards.
 __device__ __forceinline__ void mbarriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

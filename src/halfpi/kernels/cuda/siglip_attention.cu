@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) siglip_attention(
   __syncthreads();
   wait_for_kernel_before();
 
-  Queries queries;
+  Queries queries;  // before the copies, behind which they would wait
   queries.load(query + first * stride + head * HEAD * 2, stride);
   if (thread < 32 && elected()) {
     keys.copy(keys_most, keys_rest, head * HEAD, image);
