@@ -70,8 +70,7 @@ def test_hopper_uses_it_for_its_sizes(out_dtype: torch.dtype) -> None:
 
 
 def test_triton_serves_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (siglip_attention, mqa):
-        monkeypatch.setattr(module, "is_available", lambda: False)
+    monkeypatch.setattr(attention_launches, "is_available", lambda: False)
     assert {kernel(sizes) for sizes in (SIGLIP, FEW, MANY)} == {"triton"}
 
 
@@ -91,10 +90,9 @@ def test_error_rule_and_equal_bits(
     cuda = torch.device("cuda")
     sizes = {"b": 2, "t": tokens, "q": 8, "k": 256, "s": keys, "kv": 1, "bias": 0}
     case = Case("", {**sizes, "missing": missing}, out_dtype=out_dtype)
-    name = mqa.kernel_for(case, Device.of(cuda))
-    if name is None:
+    launch = attention_launches.attention_launches(case, Device.of(cuda))[0]
+    if launch.kernel not in mqa.KERNELS:
         pytest.skip("no Hopper GPU with cuda-core")
-    launch = attention_launches.AttentionLaunch(pdl=True, kernel=name)
     outputs = []
     for _ in range(2):
         torch.manual_seed(0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from halfpi.kernels import mqa, siglip_attention
+from halfpi.kernels.cuda_source import is_available
 from halfpi.kernels.spec import Case, Device, Launch
 
 _KERNELS = ("triton", "siglip", *mqa.KERNELS)
@@ -66,10 +69,14 @@ def attention_launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...
         if _shared_bytes(case, block_m, block_n, stages) <= device.shared_bytes
         if split == 1 or not with_tma
     )
-    cuda = mqa.kernel_for(case, device)
-    if siglip_attention.supports(case, device):
-        cuda = "siglip"
+    cuda = _cuda_kernel(case, device)
     return launches if cuda is None else (AttentionLaunch(pdl=True, kernel=cuda), *launches)
+
+
+def _cuda_kernel(case: Case, device: Device) -> str | None:
+    if case.dtype != torch.bfloat16 or device.capability != 90 or not is_available():
+        return None
+    return "siglip" if siglip_attention.supports(case) else mqa.kernel_for(case)
 
 
 def head_block(head_dim: int) -> int:

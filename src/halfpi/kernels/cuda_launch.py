@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,3 +85,12 @@ def load(
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"cuKernelSetAttribute failed: {status}")
     return CudaKernel(kernel, device, threads, shared_bytes, cooperative, dependent)
+
+
+@functools.cache
+def load_once(
+    name: str, threads: int, shared_bytes: int, device: torch.device, *, quantises: bool
+) -> CudaKernel:
+    """A kernel that is dependent, and whose output is E4M3 if it `quantises`."""
+    defines = {"FP8": int(quantises), "SHARED_BYTES": shared_bytes}
+    return load(name, defines, device, threads, dependent=True)

@@ -270,9 +270,7 @@ class ExpertSteps:
         self._buffers[: 2 * sizes.row_bytes] = 0xFF  # nothing is there (cuda/exchange.cuh)
         self._cache = torch.empty(sizes.cache_bytes(capacity), dtype=torch.uint8, device=device)
         self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
-        self._kernel = load(
-            "expert_steps", sizes.defines(), torch.device(device), _THREADS, cooperative=True
-        )
+        self._kernel = load("expert_steps", sizes.defines(), device, _THREADS, cooperative=True)
 
     def __call__(
         self,

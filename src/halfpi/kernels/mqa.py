@@ -9,16 +9,13 @@ halve what each multiprocessor reads of them, which is what limits it. The CUDA 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from halfpi.kernels.cuda_launch import CudaKernel, load, tensor_map
-from halfpi.kernels.cuda_source import is_available
-from halfpi.kernels.spec import FP8, Case, Device
+from halfpi.kernels.cuda_launch import load_once, tensor_map
+from halfpi.kernels.spec import FP8, Case
 
 HEAD_DIM = 256
 _LINE = 64  # dimensions of a copy
@@ -42,10 +39,9 @@ KERNELS = {
 _CLUSTERS = 15  # of eight blocks, which run at a time
 
 
-def kernel_for(case: Case, device: Device) -> str | None:
-    """The kernel that is meant for a `case` of attention on `device`, if it can do it."""
-    fits = (case["k"], case["kv"]) == (HEAD_DIM, 1) and case.dtype == torch.bfloat16
-    if not fits or device.capability != 90 or not is_available():
+def kernel_for(case: Case) -> str | None:
+    """The kernel that is meant for the sizes of a `case` of attention, if one can do them."""
+    if (case["k"], case["kv"]) != (HEAD_DIM, 1):
         return None
     few = case["t"] * case["q"] <= _CLUSTERS * KERNELS["mqa_decode"].rows
     return "mqa_decode" if few else "mqa_prefill"
@@ -80,14 +76,10 @@ def mqa(
         tensor_map(tensor.view(-1, HEAD_DIM), (rows, _LINE))
         for tensor, rows in ((query, sizes.rows), (keys, sizes.tile), (values, sizes.tile))
     )
-    _loaded(name, out.dtype == FP8, query.device)(
+    kernel = load_once(
+        name, sizes.threads, sizes.shared_bytes, query.device, quantises=out.dtype == FP8
+    )
+    kernel(
         (sizes.peers, math.ceil(t * q / sizes.rows), b), *maps, out, scale, key_count, query_count,
         keys.shape[1], t * q, q,
     )  # fmt: skip
-
-
-@functools.cache
-def _loaded(name: str, quantises: bool, device: torch.device) -> CudaKernel:
-    sizes = KERNELS[name]
-    defines = {"FP8": int(quantises), "SHARED_BYTES": sizes.shared_bytes}
-    return load(name, defines, device, sizes.threads, dependent=True)

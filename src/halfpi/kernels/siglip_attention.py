@@ -7,14 +7,10 @@ goes in steps. The CUDA source lies in `cuda/` and is compiled at run time (extr
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
-from halfpi.kernels.cuda_launch import CudaKernel, load, tensor_map
-from halfpi.kernels.cuda_source import is_available
-from halfpi.kernels.spec import FP8, Case, Device
+from halfpi.kernels.cuda_launch import load_once, tensor_map
+from halfpi.kernels.spec import FP8, Case
 
 TOKENS, HEAD_DIM = 256, 72
 _ROWS = 128  # queries of a block
@@ -22,11 +18,10 @@ SHARED_BYTES = 121_344
 _ALIGNED = 8  # numbers in 16 bytes
 
 
-def supports(case: Case, device: Device) -> bool:
-    """Whether the kernel can do a `case` of attention, which has no counts, on `device`."""
+def supports(case: Case) -> bool:
+    """Whether the kernel is for the sizes of a `case` of attention, which has no counts."""
     sizes = (case["t"], case["s"], case["k"], case["kv"])
-    fits = sizes == (TOKENS, TOKENS, HEAD_DIM, case["q"]) and case.dtype == torch.bfloat16
-    return fits and device.capability == 90 and is_available()
+    return sizes == (TOKENS, TOKENS, HEAD_DIM, case["q"])
 
 
 def siglip_attention(
@@ -54,7 +49,9 @@ def siglip_attention(
                 f"{name} must be {(b, TOKENS, q, HEAD_DIM)} with images and heads side by side, "
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
-    kernel = _kernel(out.dtype == FP8, query.device)
+    kernel = load_once(
+        "siglip_attention", 2 * _ROWS, SHARED_BYTES, query.device, quantises=out.dtype == FP8
+    )
     stride = query.stride(1) * query.itemsize
     maps = _tensor_maps(keys) + _tensor_maps(values)
     kernel((TOKENS // _ROWS, q, b), query, stride, *maps, bias, out, scale)
@@ -65,9 +62,3 @@ def _tensor_maps(heads: Tensor) -> list[object]:
     b, s, q, k = heads.shape
     rows = heads.as_strided((b * s, q * k), (heads.stride(1), 1))
     return [tensor_map(rows, (TOKENS, columns)) for columns in (64, 16)]
-
-
-@functools.cache
-def _kernel(quantises: bool, device: torch.device) -> CudaKernel:
-    defines = {"FP8": int(quantises), "SHARED_BYTES": SHARED_BYTES}
-    return load("siglip_attention", defines, device, 2 * _ROWS, dependent=True)

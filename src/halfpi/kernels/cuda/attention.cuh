@@ -43,7 +43,7 @@ struct Attention {
     for (int i = 0; i < 2; ++i) {
       for (int g = 0; g < GROUPS; ++g) top[i] = fmaxf(top[i], taken(b, HIGHEST, g, b.row + 8 * i));
       base[i] = top[i] == -infinity() ? 0.0f : top[i] * LOGIT_SCALE;
-      if (tile) shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
+      if (tile) shrink(average, total, i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top[i];
     }
     const u32 to = b.shared + WEIGHTS + b.row * 16 + b.lane % 4 * 4;
@@ -59,16 +59,6 @@ struct Attention {
     fence_async_proxy();
     all_consumers();
     add_values(b, last);
-  }
-
-  // For a higher base of the weights of a row.
-  __device__ __forceinline__ void shrink(int row, float by) {
-    total[row] *= by;
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-      for (int j = 0; j < 16; ++j) average[part][j / 2 * 4 + 2 * row + j % 2] *= by;
-    }
   }
 
   __device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) const {
@@ -131,22 +121,11 @@ struct Attention {
   __device__ __forceinline__ void send(const Block& b) const {
     constexpr int BYTES_OF_PART = AVERAGE_PIECE / PARTS;
     const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + PART * BYTES_OF_PART;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = b.row + 8 * i;
-      if (row >= ROWS) continue;
-      const float inverse = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float* v = average[PART] + 4 * j + 2 * i;
-        store_shared(to + j / 2 * AVERAGE_PIECE + (j % 2 * ROWS + row) * 16 + b.lane % 4 * 4,
-                     pack_bf16(v[0] * inverse, v[1] * inverse));
-      }
-    }
+    store_average<ROWS>(average[PART], total, to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
     if (PART == 0) {
       float log_sum[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
+      for (int i = 0; i < 2; ++i) log_sum[i] = log_sum_of(highest[i], LOGIT_SCALE, total[i]);
       give(b, LOG_SUM, log_sum);
     }
     fence_async_proxy();

@@ -117,15 +117,7 @@ __device__ __forceinline__ long place_of_recent(int block, int row, int layer) {
   return RECENT + layer % 2 * RECENT_BUFFER + ((split * BLOCKS + place) * RECENT_SLOTS + slot) * 16;
 }
 
-struct Cursor {  // a place in the ring
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance(int units) {
-    slot += units;
-    if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
-  }
-};
+using Cursor = RingCursor<SLOTS>;
 
 __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
@@ -179,10 +171,9 @@ __device__ __forceinline__ void store_operand(const Block& b, int operand, int r
                                               const float (&v)[8], float inverse_scale) {
   const u32 to = b.shared + operand + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
   if constexpr (FP8) {
-    store_shared(to, make_uint2(pack_e4m3(v, inverse_scale), pack_e4m3(v + 4, inverse_scale)));
+    store_shared(to, eight_e4m3(v, inverse_scale));
   } else {
-    store_shared(to, make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
-                                pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])));
+    store_shared(to, eight_bf16(v));
   }
 }
 

@@ -30,20 +30,19 @@ struct Ahead {
 struct Filler {
   u32 shared;
   Ahead ahead;
-  int slot = 0;
-  u32 parity = 1;  // of the slot before this turn: the first turn does not wait
+  Cursor at{0, 1};
 
   // Fetches ahead while there is no room.
   template <typename Start>
   __device__ __forceinline__ void fill(u32 bytes, Start start) {
-    const u32 empty = shared + EMPTY + 8 * slot;
-    while (ahead.wants_more() && !mbarrier_passed_already(empty, parity)) ahead.fetch();
-    wait(empty, parity);
+    const u32 empty = shared + EMPTY + 8 * at.slot;
+    while (ahead.wants_more() && !mbarrier_passed_already(empty, at.parity)) ahead.fetch();
+    wait(empty, at.parity);
     if (elected()) {
-      mbarrier_expect(shared + FULL + 8 * slot, bytes);
-      start(shared + RING + slot * UNIT, shared + FULL + 8 * slot);
+      mbarrier_expect(shared + FULL + 8 * at.slot, bytes);
+      start(shared + RING + at.slot * UNIT, shared + FULL + 8 * at.slot);
     }
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
+    at.advance();
   }
 };
 

@@ -65,6 +65,22 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
   while (!mbarrier_passed(barrier, parity)) watchdog.check();
 }
 
+// A place in a ring, and of its barriers the phase to wait for. The first turn of who fills the ring
+// does not wait: that begins with the parity of the turn before.
+template <int SLOTS>
+struct RingCursor {
+  int slot = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void advance(int units) {  // at most SLOTS
+    slot += units;
+    if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
+  }
+};
+
 // Whether it has passed at once, where mbarrier_passed may keep the thread for a while.
 __device__ __forceinline__ bool mbarrier_passed_already(u32 barrier, u32 parity) {
   u32 passed;
@@ -316,6 +332,15 @@ __device__ __forceinline__ unsigned short pack_e4m3(float a, float b) {
   return word;
 }
 
+// Of eight.
+__device__ __forceinline__ uint4 eight_bf16(const float (&v)[8]) {
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                    pack_bf16(v[6], v[7]));
+}
+__device__ __forceinline__ uint2 eight_e4m3(const float (&v)[8], float factor) {
+  return make_uint2(pack_e4m3(&v[0], factor), pack_e4m3(&v[4], factor));
+}
+
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7F800000); }
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -361,6 +386,13 @@ template <int N>
 __device__ __forceinline__ void settle(float (&sums)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Operands in registers were read until now.
+template <int N>
+__device__ __forceinline__ void keep(const u32 (&operands)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" ::"r"(operands[i]));
 }
 
 // A matrix in shared memory, in core matrices of 8 rows of 16 bytes, without swizzle. lead: bytes

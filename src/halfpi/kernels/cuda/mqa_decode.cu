@@ -100,7 +100,7 @@ struct Attention {
     for (int i = 0; i < 2; ++i) {
       const float top = fmaxf(b.taken(HIGHEST, 0, i), b.taken(HIGHEST, 1, i));
       base[i] = top == -infinity() ? 0.0f : top * LOGIT_SCALE;
-      shrink(i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
+      shrink(average, total, i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top;
     }
     const u32 to = b.shared + WEIGHTS + b.group * KEYS_EACH / 8 * 1024;
@@ -110,15 +110,6 @@ struct Attention {
     fence_async_proxy();
     __syncthreads();
     for (int i = 0; i < 2; ++i) total[i] += b.taken(TOTAL, 0, i) + b.taken(TOTAL, 1, i);
-  }
-  // For a higher base of the weights of a row.
-  __device__ __forceinline__ void shrink(int second, float by) {
-    total[second] *= by;
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-      for (int j = 0; j < LINE / 4; ++j) average[part][j / 2 * 4 + 2 * second + j % 2] *= by;
-    }
   }
 
   // The last tile's go to peers, each part while the next is multiplied.
@@ -155,20 +146,11 @@ struct Attention {
   __device__ __forceinline__ void send(const Block& b) const {
     const u32 staged = b.shared + STAGED + PARTS * b.group * TILE_LINE + PART * 4 * HALF_PIECE;
     if (PART == 0) b.together();  // values of this part are read
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float inverse = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
-#pragma unroll
-      for (int j = 0; j < LINE / 8; ++j) {
-        const float* v = average[PART] + 4 * j + 2 * i;
-        store_shared(staged + (j * ROWS + b.row + 8 * i) * 16 + b.lane % 4 * 4,
-                     pack_bf16(v[0] * inverse, v[1] * inverse));
-      }
-    }
+    store_average<ROWS>(average[PART], total, staged + b.lane % 4 * 4, b.row, HALF_PIECE);
     if (PART == 0) {
       float log_sum[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) log_sum[i] = highest[i] * LOGIT_SCALE + log2_fast(total[i]);
+      for (int i = 0; i < 2; ++i) log_sum[i] = log_sum_of(highest[i], LOGIT_SCALE, total[i]);
       b.give(LOG_SUM, log_sum);
     }
     fence_async_proxy();
@@ -195,10 +177,9 @@ __device__ __forceinline__ void merge(const Block& b, char* out, int rows, float
   const int column = line * LINE + b.rank % 4 * 16 + chunk % 2 * 8;
   char* to = out + (long(row) * HEAD + column) * BYTES;
   if constexpr (FP8) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack_e4m3(sum, scale), pack_e4m3(sum + 4, scale));
+    *reinterpret_cast<uint2*>(to) = eight_e4m3(sum, scale);
   } else {
-    *reinterpret_cast<uint4*>(to) = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
-                                               pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+    *reinterpret_cast<uint4*>(to) = eight_bf16(sum);
   }
 }
 
@@ -207,10 +188,10 @@ __device__ __forceinline__ void merge(const Block& b, char* out, int rows, float
 // Grid: (PEERS, tiles of rows, sequences). Of a sequence there are `capacity` keys and `rows` rows,
 // `heads` of them a token; counts say how many keys and tokens are valid.
 extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREADS, 1)
-    mqa_decode(const __grid_constant__ TensorMap queries,
-                     const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
-                     char* out, const float* scale, const int* key_count, const int* query_count,
-                     long long capacity, long long rows, long long heads) {
+    mqa_decode(const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys,
+               const __grid_constant__ TensorMap values, char* out, const float* scale,
+               const int* key_count, const int* query_count, long long capacity, long long rows,
+               long long heads) {
   extern __shared__ __align__(1024) char memory[];
   const Block b(memory);
   const int sequence = blockIdx.z, first_row = blockIdx.y * ROWS;
@@ -228,9 +209,8 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   wait_for_kernel_before();
   if (valid_rows <= 0) return;
 
-  const int first = b.rank * key_total / PEERS, count = (b.rank + 1) * key_total / PEERS - first;
-  const int key = sequence * capacity + first;
-  const int tiles = count > TILE ? (count + TILE - 1) / TILE : 1;
+  const Share<PEERS, TILE> share(b.rank, key_total);
+  const int key = sequence * capacity + share.first;
   const bool copies = b.group == 0 && b.warp == 0;
   if (copies && elected()) {
     b.copy_keys(keys, key, &queries, sequence * rows + first_row);
@@ -240,11 +220,11 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   Attention attention;
 #pragma unroll 1
   for (int tile = 0;; ++tile) {
-    const bool last = tile == tiles - 1;
+    const bool last = tile == share.tiles - 1;
     float logits[Attention::KEYS_EACH / 2], top[2] = {attention.highest[0], attention.highest[1]};
     attention.multiply(b, logits, tile & 1);
     find_top<Attention::KEYS_EACH>(
-        logits, b.lane, count - tile * TILE - b.group * Attention::KEYS_EACH, top);
+        logits, b.lane, share.count - tile * TILE - b.group * Attention::KEYS_EACH, top);
     top[0] = over_quad(top[0], true), top[1] = over_quad(top[1], true);
     b.give(HIGHEST, top);
     __syncthreads();  // keys are read

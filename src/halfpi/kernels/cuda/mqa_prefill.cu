@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int GROUPS = 2, ROWS = 64 * GROUPS, TILE = 64;  // keys at a time
-constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;    // a warp of the last copies
+constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;  // a warp of the last copies
 constexpr int PEERS = 2;
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 constexpr int UNIT = LINES * TILE_LINE, SLOTS = 5;  // a ring of keys and values in turn
@@ -20,20 +20,12 @@ static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what th
 constexpr int HALF = HEAD / PEERS, HALF_BYTES = 16 * HALF * 2;
 static_assert(2 * HALF_BYTES * 4 * GROUPS == LINES * QUERY_LINE, "all of it");
 
-struct Cursor {  // a place in the ring
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
-};
+using Cursor = RingCursor<SLOTS>;
 
 struct Block {
   char* memory;
   u32 shared, rank;
   int group, warp, lane;  // warp of the group
-  int count, tiles;       // of this block's keys
 
   __device__ __forceinline__ explicit Block(char* memory)
       : memory(memory), shared(shared_address(memory)), rank(cluster_rank()),
@@ -55,7 +47,7 @@ struct Block {
 // By a warp: all tiles of keys and values, and first the queries.
 __device__ __forceinline__ void copy_all(const Block& b, const TensorMap& queries,
                                          const TensorMap& keys, const TensorMap& values, int row,
-                                         int key) {
+                                         int key, int tiles) {
   Cursor at{0, 1};
   auto fill = [&](const TensorMap& map, int first) {
     b.wait_for(EMPTY + 8 * at.slot, at.parity);
@@ -70,7 +62,7 @@ __device__ __forceinline__ void copy_all(const Block& b, const TensorMap& querie
     __syncwarp();
     at.advance();
   };
-  for (int tile = 0; tile < b.tiles; ++tile) {
+  for (int tile = 0; tile < tiles; ++tile) {
     fill(keys, key + tile * TILE);
     if (tile == 0 && elected()) {
 #pragma unroll
@@ -102,7 +94,8 @@ struct Attention {
 #pragma unroll
     for (int line = 0; line < LINES; ++line) {
       if (first) b.wait_for(QUERIES_FULL + 8 * line, 0);
-      const Swizzled queries(b.shared + QUERIES + line * QUERY_LINE + b.group * (QUERY_LINE / GROUPS));
+      const int at_query = QUERIES + line * QUERY_LINE + b.group * (QUERY_LINE / GROUPS);
+      const Swizzled queries(b.shared + at_query);
       const Swizzled keys(b.unit(at) + line * TILE_LINE);
 #pragma unroll
       for (int k = 0; k < LINE; k += 16) Bf16::mma(logits, queries.at(k * 2), keys.at(k * 2));
@@ -123,14 +116,7 @@ struct Attention {
       highest[i] = top[i];
       total[i] *= shrink[i];
     }
-#pragma unroll
-    for (int i = 0; i < TILE / 2; i += 2) {
-      const int row = i / 2 % 2;
-      const float even = exp2_fast(fmaf(logits[i], LOGIT_SCALE, -base[row]));
-      const float odd = exp2_fast(fmaf(logits[i + 1], LOGIT_SCALE, -base[row]));
-      total[row] += even + odd;
-      weights[i / 2] = pack_bf16(even, odd);
-    }
+    make_weights<TILE / 2>(logits, LOGIT_SCALE, base, weights, total);
 #pragma unroll
     for (int i = 0; i < HEAD / 2; ++i) average[i] *= shrink[i / 2 % 2];
   }
@@ -152,12 +138,11 @@ struct Attention {
   __device__ __forceinline__ void added() {
     wgmma_wait<LATER>();
     settle(average);
-#pragma unroll
-    for (int i = 0; i < TILE / 4; ++i) asm volatile("" ::"r"(weights[i]));  // were read until now
+    keep(weights);
   }
 
   __device__ __forceinline__ float log_sum(int i) const {
-    return highest[i] * LOGIT_SCALE + log2_fast(total[i]);
+    return log_sum_of(highest[i], LOGIT_SCALE, total[i]);
   }
 
   // The half from FIRST on, to the same warp of the other block, as 16 bytes of each thread in turn.
@@ -166,7 +151,7 @@ struct Attention {
     const u32 peer = 1 - b.rank, full = in_block(b.shared + AVERAGES_FULL, peer);
     float inverse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) inverse[i] = total[i] > 0.0f ? reciprocal(total[i]) : 0.0f;
+    for (int i = 0; i < 2; ++i) inverse[i] = inverse_of(total[i]);
 #pragma unroll
     for (int i = 0; i < HALF / 2; i += 8) {
       u32 words[4];
@@ -226,11 +211,7 @@ struct Attention {
       const int byte = (i / 4 * 8 + b.lane % 4 * 2) * BYTES;
       const u32 at = b.taken() + row * ROW_BYTES + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
       const float* v = average + FIRST / 2 + i;
-      if constexpr (FP8) {
-        store_shared(at, pack_e4m3(v[0], v[1]));
-      } else {
-        store_shared(at, pack_bf16(v[0], v[1]));
-      }
+      store_pair<FP8>(at, v[0], v[1]);
     }
     __syncwarp();
 #pragma unroll
@@ -260,15 +241,16 @@ __device__ __forceinline__ void release(const Block& b, const Cursor& at) {
 
 // All keys of this block. Each product but the first is started while the values of the tile before
 // are added.
-__device__ __forceinline__ void attend(const Block& b, Attention& attention) {
+__device__ __forceinline__ void attend(const Block& b, Attention& attention,
+                                       const Share<PEERS, TILE>& share) {
   Cursor keys, values;
   values.advance();
   attention.multiply(b, keys, true);
   wgmma_wait<0>();
   release(b, keys);
 #pragma unroll 1
-  for (int tile = 0; tile < b.tiles - 1; ++tile) {
-    attention.weigh(b, b.count - tile * TILE);
+  for (int tile = 0; tile < share.tiles - 1; ++tile) {
+    attention.weigh(b, share.count - tile * TILE);
     attention.add_values(b, values);
     keys.advance(), keys.advance();
     attention.multiply(b, keys, false);
@@ -279,7 +261,7 @@ __device__ __forceinline__ void attend(const Block& b, Attention& attention) {
     release(b, keys);
   }
   cluster_arrive_relaxed();  // queries are read, so averages may come
-  attention.weigh(b, b.count - (b.tiles - 1) * TILE);
+  attention.weigh(b, share.count - (share.tiles - 1) * TILE);
   attention.add_values(b, values);
   attention.added<0>();
 }
@@ -289,21 +271,19 @@ __device__ __forceinline__ void attend(const Block& b, Attention& attention) {
 // Grid: (PEERS, tiles of rows, sequences). Of a sequence there are `capacity` keys and `rows` rows,
 // `heads` of them a token; counts say how many keys and tokens are valid.
 extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREADS, 1)
-    mqa_prefill(const __grid_constant__ TensorMap queries,
-                     const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
-                     char* out, const float* scale, const int* key_count, const int* query_count,
-                     long long capacity, long long rows, long long heads) {
+    mqa_prefill(const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys,
+                const __grid_constant__ TensorMap values, char* out, const float* scale,
+                const int* key_count, const int* query_count, long long capacity, long long rows,
+                long long heads) {
   extern __shared__ __align__(1024) char memory[];
-  Block b(memory);
+  const Block b(memory);
   const int sequence = blockIdx.z, first_row = blockIdx.y * ROWS;
 
   launch_dependents();
   const int key_total = key_count ? key_count[sequence] : capacity;
   const int valid_rows = (query_count ? query_count[sequence] * heads : rows) - first_row;
   const float inverse_scale = FP8 ? reciprocal(*scale) : 1.0f;
-  const int first_key = b.rank * key_total / PEERS;
-  b.count = (b.rank + 1) * key_total / PEERS - first_key;
-  b.tiles = b.count > TILE ? (b.count + TILE - 1) / TILE : 1;
+  const Share<PEERS, TILE> share(b.rank, key_total);
   if (threadIdx.x == 0) {
     prefetch_map(queries), prefetch_map(keys), prefetch_map(values);
     for (int i = FULL; i <= AVERAGES_FULL; i += 8) {
@@ -319,14 +299,15 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   const long row = sequence * rows + first_row;
   if (b.group == GROUPS) {
     fewer_registers<40>();
-    if (b.warp == 0) copy_all(b, queries, keys, values, row, sequence * capacity + first_key);
+    const int key = sequence * capacity + share.first;
+    if (b.warp == 0) copy_all(b, queries, keys, values, row, key, share.tiles);
     cluster_arrive_relaxed();
     cluster_wait();
     cluster_arrive_relaxed();
   } else {
     more_registers<232>();
     Attention attention;
-    attend(b, attention);
+    attend(b, attention, share);
     attention.total[0] = over_quad(attention.total[0], false);
     attention.total[1] = over_quad(attention.total[1], false);
     cluster_wait();

@@ -99,14 +99,7 @@ struct Softmax {
     settle(rest);
 #pragma unroll
     for (int key = 0; key < TOKENS; key += STEP) {
-#pragma unroll
-      for (int i = key / 2; i < (key + STEP) / 2; i += 2) {
-        const int row = i / 2 % 2;
-        const float even = exp2_fast(fmaf(logits[i], LOGIT_SCALE, -base[row]));
-        const float odd = exp2_fast(fmaf(logits[i + 1], LOGIT_SCALE, -base[row]));
-        total[row] += even + odd;
-        weights[i / 2] = pack_bf16(even, odd);
-      }
+      make_weights<STEP / 2>(logits + key / 2, LOGIT_SCALE, base, weights + key / 4, total);
       wgmma_fence();
 #pragma unroll
       for (int k = key; k < key + STEP; k += 16) {
@@ -118,8 +111,7 @@ struct Softmax {
     wgmma_wait<0>();
     settle(most);
     settle(rest);
-#pragma unroll
-    for (int i = 0; i < TOKENS / 4; ++i) asm volatile("" ::"r"(weights[i]));  // were read until now
+    keep(weights);
     total[0] = over_quad(total[0], false), total[1] = over_quad(total[1], false);
   }
 
@@ -132,11 +124,7 @@ struct Softmax {
       const int second = i / 2 % 2;
       const float* v = i < MOST / 2 ? most + i : rest + i - MOST / 2;
       const u32 at = to + ((row + 8 * second) * HEAD + i / 4 * 8 + lane % 4 * 2) * BYTES;
-      if constexpr (FP8) {
-        store_shared(at, pack_e4m3(v[0] * factors[second], v[1] * factors[second]));
-      } else {
-        store_shared(at, pack_bf16(v[0] * factors[second], v[1] * factors[second]));
-      }
+      store_pair<FP8>(at, v[0] * factors[second], v[1] * factors[second]);
     }
   }
 };

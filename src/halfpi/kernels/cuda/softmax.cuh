@@ -30,18 +30,82 @@ __device__ __forceinline__ float over_quad(float v, bool maximum) {
   return v;
 }
 
+// Weights of N logits of a thread, times `scale` less the `base` of their row, as bf16, and into
+// `total`.
+template <int N>
+__device__ __forceinline__ void make_weights(const float* logits, float scale,
+                                             const float (&base)[2], u32* weights,
+                                             float (&total)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const int row = i / 2 % 2;
+    const float even = exp2_fast(fmaf(logits[i], scale, -base[row]));
+    const float odd = exp2_fast(fmaf(logits[i + 1], scale, -base[row]));
+    total[row] += even + odd;
+    weights[i / 2] = pack_bf16(even, odd);
+  }
+}
+
 // Weights of logits times `scale` less the `base` of their row, as bf16 in chunks of (64 rows, 16
 // bytes) from `to` on, which is this thread's place in the first, and into `total`.
 template <int N>
 __device__ __forceinline__ void store_weights(const float (&logits)[N / 2], float scale,
                                               const float (&base)[2], u32 to, float (&total)[2]) {
+  u32 weights[N / 4];
+  make_weights<N / 2>(logits, scale, base, weights, total);
 #pragma unroll
-  for (int i = 0; i < N / 2; i += 2) {
-    const int row = i / 2 % 2;
-    float even = exp2_fast(fmaf(logits[i], scale, -base[row]));
-    float odd = exp2_fast(fmaf(logits[i + 1], scale, -base[row]));
-    total[row] += even + odd;
-    store_shared(to + i / 4 * 1024 + row * 128, pack_bf16(even, odd));
+  for (int i = 0; i < N / 4; ++i) store_shared(to + i / 2 * 1024 + i % 2 * 128, weights[i]);
+}
+
+// For a higher base of the weights of a thread's first or second row.
+template <int PARTS>
+__device__ __forceinline__ void shrink(float (&average)[PARTS][32], float (&total)[2], int row,
+                                       float by) {
+  total[row] *= by;
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) average[part][j / 2 * 4 + 2 * row + j % 2] *= by;
+  }
+}
+
+// The logarithm of the sum of a row's exponentials, of which `total` has those less the highest.
+__device__ __forceinline__ float log_sum_of(float highest, float scale, float total) {
+  return highest * scale + log2_fast(total);
+}
+
+// What turns values added with weights of `total` into an average; without keys there is none.
+__device__ __forceinline__ float inverse_of(float total) {
+  return total > 0.0f ? reciprocal(total) : 0.0f;
+}
+
+// Averages of 64 dimensions of both rows, of which COUNT rows are stored, as (chunk, row, 16 bytes),
+// each two chunks `piece` bytes from those before. to: this thread's place in a chunk's first row.
+// first: the first of its rows.
+template <int COUNT>
+__device__ __forceinline__ void store_average(const float (&average)[32], const float (&total)[2],
+                                              u32 to, int first, int piece) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + 8 * i;
+    if (COUNT < 64 && row >= COUNT) continue;
+    const float inverse = inverse_of(total[i]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float* v = average + 4 * j + 2 * i;
+      store_shared(to + j / 2 * piece + (j % 2 * COUNT + row) * 16,
+                   pack_bf16(v[0] * inverse, v[1] * inverse));
+    }
+  }
+}
+
+// Two neighbours as an output.
+template <bool E4M3>
+__device__ __forceinline__ void store_pair(u32 to, float even, float odd) {
+  if constexpr (E4M3) {
+    store_shared(to, pack_e4m3(even, odd));
+  } else {
+    store_shared(to, pack_bf16(even, odd));
   }
 }
 
