@@ -1,6 +1,7 @@
 """Measure the launches of kernels on this GPU and write the fastest into the table that ships.
 
     python benchmarks/tune.py linear geglu --only prefill
+    python benchmarks/tune.py linear split_linear --only vision --rows 512
 
 Candidates are first compiled, run and held to the error rule, in processes of their own: one that
 does not fit, is wrong or crashes is left out with a note. Then each is timed in a CUDA graph, with
@@ -36,37 +37,49 @@ ROTATED_BYTES = 160_000_000
 # Launches in one graph, and replays of it.
 LAUNCHES, REPLAYS = 60, 7
 MAX_ERROR_RATIO = 2.0
-Candidate = tuple[str, int, int]  # kernel, index of the case, index of the launch
+# Kernel, index of the case, its rows if not its own, index of the launch.
+Candidate = tuple[str, int, int | None, int]
 
 
 def main() -> None:
     options = _options()
     torch.cuda.init()
     device = Device.of(torch.device("cuda"))
-    todo = list(candidates(options.kernels, options.only, device))
+    todo = list(candidates(options.kernels, options.only, options.rows, device))
     print(f"{len(todo)} candidates on {torch.cuda.get_device_name()}", flush=True)
     good = [one for one, note in checked(todo, options.processes) if note is None]
     results = []
-    for case_key, group in itertools.groupby(good, key=lambda one: one[:2]):
+    for case_key, group in itertools.groupby(good, key=lambda one: one[:3]):
         results.append(fastest(case_key, group, device))
         write_table(device.capability, results)
 
 
-def candidates(names: list[str], only: str, device: Device) -> Iterator[Candidate]:
-    """All launches of the real cases, of the kernels called `names`, that `only` is a part of."""
+def candidates(
+    names: list[str], only: str, rows: int | None, device: Device
+) -> Iterator[Candidate]:
+    """All launches of the real cases, of the kernels called `names`, that `only` is a part of.
+
+    rows: of tokens, instead of those that a case has.
+    """
     for name, spec in specs().items():
         for index, case in enumerate(spec.cases):
             if case.real and only in str(case) and (not names or name in names):
-                yield from (
-                    (name, index, number) for number in range(len(spec.candidates(case, device)))
-                )
+                launches = spec.candidates(with_rows(case, rows), device)
+                yield from ((name, index, rows, number) for number in range(len(launches)))
+
+
+def with_rows(case: Case, rows: int | None) -> Case:
+    """`case` with `rows` rows, all valid, if it is a case of rows."""
+    if rows is None or "m" not in case.sizes:
+        return case
+    return dataclasses.replace(case, sizes={**case.sizes, "m": rows, "valid": rows})
 
 
 def found(candidate: Candidate, device: Device) -> tuple[KernelSpec[Any], Case, Launch]:
     """The kernel, case and launch that `candidate` numbers."""
-    name, index, number = candidate
+    name, index, rows, number = candidate
     spec = specs()[name]
-    case = spec.cases[index]
+    case = with_rows(spec.cases[index], rows)
     return spec, case, spec.candidates(case, device)[number]
 
 
@@ -107,10 +120,12 @@ def checked(todo: list[Candidate], processes: int) -> Iterator[tuple[Candidate, 
     return ((one, notes[one]) for one in todo)
 
 
-def fastest(case_key: tuple[str, int], group: Iterable[Candidate], device: Device) -> tuned.Entry:
+def fastest(
+    case_key: tuple[str, int, int | None], group: Iterable[Candidate], device: Device
+) -> tuned.Entry:
     """Time the launches of one case; the fastest, which the table keeps."""
-    name, index = case_key
-    case = specs()[name].cases[index]
+    name, index, rows = case_key
+    case = with_rows(specs()[name].cases[index], rows)
     times = {}
     for candidate in group:
         spec, case, launch = found(candidate, device)
@@ -189,6 +204,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("kernels", nargs="*", help="names of kernels, all without any")
     parser.add_argument("--only", default="", help="a part of the names of cases")
+    parser.add_argument("--rows", type=int, help="of tokens, instead of those of the cases")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     return parser.parse_args()
 

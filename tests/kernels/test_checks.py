@@ -71,9 +71,13 @@ def test_knobs_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="ahead needs pdl"):
         TileLaunch(ahead=1)
     with pytest.raises(ValueError, match="a library does not split K"):
-        TileLaunch(library=True, split_k=2)
+        TileLaunch(kernel="library", split_k=2)
     with pytest.raises(ValueError, match="block_n must be one or the sum of two powers of two"):
         TileLaunch(block_n=208)
+    with pytest.raises(ValueError, match="tiles must be of whole 64 rows and 16 columns"):
+        TileLaunch(block_n=200, kernel="hopper")
+    with pytest.raises(ValueError, match=r"kernel must be one of .*library.*, got 'cutlass'"):
+        TileLaunch(kernel="cutlass")
     with pytest.raises(ValueError, match="tma does not go with splits"):
         AttentionLaunch(tma=True, splits=2)
 

@@ -98,7 +98,9 @@ def has_tail(launch: Launch) -> bool:
 
 def launches(spec: KernelSpec[Launch], case: Case, device: Device) -> Iterator[Launch]:
     """Triton's default, and the first with descriptors, shared tiles and tiles of two parts."""
-    candidates = [one for one in spec.candidates(case, device) if one.is_general]
+    candidates = [
+        one for one in spec.candidates(case, device) if one.kernel in ("triton", "library")
+    ]
     yield candidates[0]
     for kind in (has_descriptors, shares_tiles, has_tail):
         yield from itertools.islice(filter(kind, candidates[1:]), 1)

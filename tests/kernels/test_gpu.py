@@ -46,16 +46,16 @@ def launches(spec: KernelSpec[Launch], case: Case) -> list[Launch]:
     """The one in use, the default, and the first of every other kind."""
     device = Device.of(CUDA)
     candidates = spec.candidates(case, device)
-    least = {"tma": 1, "programs": 1, "promote": 1, "split_k": 2, "splits": 2, "library": 1}
+    least = {"tma": 1, "programs": 1, "promote": 1, "split_k": 2, "splits": 2, "peers": 2}
     firsts = {
         kind: one
         for kind, value in least.items()
         for one in reversed(candidates)
         if getattr(one, kind, 0) >= value
     }
-    in_triton = [one for one in candidates if one.is_general]
+    kernels = {one.kernel: one for one in reversed(candidates)}
     used = tuned.best(spec.name, case.sizes, case.dtype, case.out_dtype, device)
-    return list(dict.fromkeys([used, candidates[0], in_triton[0], *firsts.values()]))
+    return list(dict.fromkeys([used, candidates[0], *kernels.values(), *firsts.values()]))
 
 
 @pytest.mark.parametrize(("spec", "case"), problems())

@@ -140,12 +140,12 @@ class Operations:
             alpha=matrix.alpha, partials=self._launches.partials(x, matrix.weight, launch), **rest,
         )  # fmt: skip
 
-    def split_linear(self, x: Tensor, matrix: Matrix, count: Tensor | None = None) -> Pending:
+    def split_linear(self, x: Tensor, matrix: Matrix, **rest: Tensor | None) -> Pending:
         """Partial products of `x` and `matrix`, for the norm that adds them."""
         working = self._launches.working
         launch = self._launches.of("split_linear", x, working, **_sizes(x, matrix))
         out = self._launches.workspace(launch.split_k, x.shape[0], matrix.weight.shape[0])
-        split_linear(x, matrix.weight, out, launch, count=count)
+        split_linear(x, matrix.weight, out, launch, **rest)
         return Pending(out, matrix)
 
     def attention(

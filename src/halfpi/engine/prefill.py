@@ -105,11 +105,11 @@ class PrefillStage:
         if index == 0:  # image tokens stay as they are, for calls that reuse them
             ops.linear(mixed, layer.out, x, residual=source, count=count)
         else:
-            attended = ops.split_linear(mixed, layer.out, count)
+            attended = ops.split_linear(mixed, layer.out, count=count)
         normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
         ops.rms_norm(x, layer.mlp_gain, normed, layer.gate_up, count, attended)
-        ops.geglu(normed, layer.gate_up, hidden, layer.down, count)
-        return ops.split_linear(hidden, layer.down, count)
+        ops.geglu(normed, layer.gate_up, hidden, layer.down, count=count)
+        return ops.split_linear(hidden, layer.down, count=count)
 
     def _attention(self, index: int, layer: PrefixLayer, normed: Tensor) -> None:
         config, count, rows = self._config, self._count, normed.shape[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halfpi.config import Pi05Config
 from halfpi.engine.operations import Operations, Pending
-from halfpi.engine.packing import VisionLayer, VisionWeights
+from halfpi.engine.packing import Matrix, VisionLayer, VisionWeights
 
 
 class VisionStage:
@@ -58,24 +58,30 @@ class VisionStage:
         ops.patchify(chosen, config.patch_size, self._patches[:rows])
         ops.linear(self._patches[:rows], weights.patch, x, residual=self._positions[:rows])
         pending = None
-        for layer in weights.layers:
-            pending = self._layer(x, layer, pending)
+        after = [*(layer.qkv for layer in weights.layers[1:]), weights.projector]
+        for layer, later in zip(weights.layers, after, strict=True):
+            pending = self._layer(x, layer, pending, later)
         ops.layer_norm(x, weights.norm, self._final[:rows], weights.projector, pending)
         begin = first * config.tokens_per_image
         ops.linear(self._final[:rows], weights.projector, self._prefix[begin : begin + rows])
 
-    def _layer(self, x: Tensor, layer: VisionLayer, pending: Pending | None) -> Pending:
-        """One block; `pending` is the output of the one before, which its first norm adds."""
+    def _layer(
+        self, x: Tensor, layer: VisionLayer, pending: Pending | None, later: Matrix
+    ) -> Pending:
+        """One block, before the product with `later`.
+
+        pending: the output of the one before, which its first norm adds.
+        """
         ops, rows = self._ops, x.shape[0]
         normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
         ops.layer_norm(x, layer.attn_norm, normed, layer.qkv, pending)
-        ops.linear(normed, layer.qkv, self._qkv[:rows])
+        ops.linear(normed, layer.qkv, self._qkv[:rows], later=layer.out.weight)
         self._attention(rows, layer)
-        attended = ops.split_linear(mixed, layer.out)
+        attended = ops.split_linear(mixed, layer.out, later=layer.fc1.weight)
         normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
         ops.layer_norm(x, layer.mlp_norm, normed, layer.fc1, attended)
-        ops.linear(normed, layer.fc1, hidden, layer.fc2, gelu=True)
-        return ops.split_linear(hidden, layer.fc2)
+        ops.linear(normed, layer.fc1, hidden, layer.fc2, later=layer.fc2.weight, gelu=True)
+        return ops.split_linear(hidden, layer.fc2, later=later.weight)
 
     def _attention(self, rows: int, layer: VisionLayer) -> None:
         """Every image's tokens among themselves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -11,34 +12,27 @@ from halfpi.kernels import mqa, siglip_attention
 from halfpi.kernels.cuda_source import is_available
 from halfpi.kernels.spec import Case, Device, Launch
 
-_KERNELS = ("triton", "siglip", *mqa.KERNELS)
-
 
 @dataclass(frozen=True)
 class AttentionLaunch(Launch):
     """Knobs of attention: rows of packed queries, keys a step, programs that share the keys.
 
     tma: keys and values are read through tensor descriptors (sm_90 and newer), without splits. The
-    last step then reads past the valid keys. kernel: "triton", or one of the CUDA kernels for
-    certain sizes, "siglip" (siglip_attention.py) and those of mqa.py, which have no knobs.
+    last step then reads past the valid keys. CUDA kernels, for certain sizes, are "siglip"
+    (siglip_attention.py) and those of mqa.py, which have no knobs.
     """
+
+    KERNELS: ClassVar[tuple[str, ...]] = ("triton", "siglip", *mqa.KERNELS)
 
     block_m: int = 64
     block_n: int = 64
     splits: int = 1
     tma: bool = False
-    kernel: str = "triton"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tma and self.splits > 1:
             raise ValueError(f"tma does not go with splits, got {self}")
-        if self.kernel not in _KERNELS:
-            raise ValueError(f"kernel must be one of {_KERNELS}, got {self.kernel!r}")
-
-    @property
-    def is_general(self) -> bool:
-        """Whether Triton compiles it; a CUDA kernel knows its own sizes."""
-        return self.kernel == "triton"
 
 
 def attention_launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...]:
@@ -62,7 +56,7 @@ def attention_launches(case: Case, device: Device) -> tuple[AttentionLaunch, ...
     # Descriptors want rows of whole 16 bytes.
     tma = (False, True) if pdl and case["k"] * case.dtype.itemsize % 16 == 0 else (False,)
     launches = tuple(
-        AttentionLaunch(warps, stages, pdl, block_m, block_n, split, with_tma)
+        AttentionLaunch(warps, stages, pdl, "triton", block_m, block_n, split, with_tma)
         for with_tma in tma
         for split in splits
         for block_m, block_n, warps, stages in shapes

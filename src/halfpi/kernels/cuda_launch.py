@@ -44,7 +44,7 @@ class CudaKernel:
 
 
 def tensor_map(rows: Tensor, box: tuple[int, int]) -> object:
-    """Describes 16-bit `rows` (m, n), of which a copy brings `box` rows and columns.
+    """Describes `rows` (m, n) of 8 or 16 bits, of which a copy brings `box` rows and columns.
 
     Columns are a line of 32 or 128 bytes, whose chunks of 16 bytes change places (`Swizzled` in
     cuda/hopper.cuh).
@@ -53,14 +53,15 @@ def tensor_map(rows: Tensor, box: tuple[int, int]) -> object:
     from cuda.core.utils import StridedMemoryView
 
     swizzles = {32: TensorMapSwizzle.SWIZZLE_32B, 128: TensorMapSwizzle.SWIZZLE_128B}
-    # NumPy, through which tensors are described, has no bfloat16; only bits are copied.
-    view = StridedMemoryView.from_any_interface(rows.view(torch.float16), stream_ptr=-1)
+    # NumPy, through which tensors are described, has neither bfloat16 nor E4M3; bits are copied.
+    bits = rows.view(torch.uint8 if rows.itemsize == 1 else torch.float16)
+    view = StridedMemoryView.from_any_interface(bits, stream_ptr=-1)
     return view.as_tensor_map(box, swizzle=swizzles[box[1] * rows.itemsize])
 
 
 def load(
     name: str,
-    defines: Mapping[str, int],
+    defines: Mapping[str, float],
     device: torch.device,
     threads: int,
     *,
@@ -71,7 +72,7 @@ def load(
 
     Raises ImportError naming the extra without cuda-core.
     """
-    code, shared_bytes = cubin(name, defines), defines["SHARED_BYTES"]
+    code, shared_bytes = cubin(name, defines), int(defines["SHARED_BYTES"])
     from cuda import core
     from cuda.bindings import driver
 

@@ -14,7 +14,7 @@ from typing import Any
 _SOURCES = Path(__file__).parent / "cuda"
 
 
-def cubin(name: str, defines: Mapping[str, int]) -> bytes:
+def cubin(name: str, defines: Mapping[str, float]) -> bytes:
     """The machine code of `name`.cu for sm_90a with `defines`.
 
     It is looked for in the cache directory first: $XDG_CACHE_HOME/halfpi or ~/.cache/halfpi.
@@ -33,14 +33,14 @@ def cubin(name: str, defines: Mapping[str, int]) -> bytes:
     return cached.read_bytes()
 
 
-def ptx(name: str, defines: Mapping[str, int]) -> str:
+def ptx(name: str, defines: Mapping[str, float]) -> str:
     """The same as PTX, for a look at the instructions; never cached."""
     nvrtc = nvrtc_module()
     with _compiled(nvrtc, name, _options(defines)) as program:
         return _output(program, nvrtc.nvrtcGetPTX, nvrtc.nvrtcGetPTXSize).decode()
 
 
-def report(name: str, defines: Mapping[str, int]) -> str:
+def report(name: str, defines: Mapping[str, float]) -> str:
     """What the assembler says of registers, spills and serialised products; never cached."""
     nvrtc = nvrtc_module()
     with _compiled(nvrtc, name, [*_options(defines), b"--ptxas-options=-v"]) as program:
@@ -62,7 +62,7 @@ def nvrtc_module() -> Any:
     return nvrtc
 
 
-def _options(defines: Mapping[str, int]) -> list[bytes]:
+def _options(defines: Mapping[str, float]) -> list[bytes]:
     macros = [f"-D{macro}={value}" for macro, value in sorted(defines.items())]
     return [option.encode() for option in ("-std=c++17", "-arch=sm_90a", *macros)]
 

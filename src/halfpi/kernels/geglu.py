@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.hopper_linear import hopper_linear
+from halfpi.kernels.launches import hopper_launches, linear_launches
 from halfpi.kernels.spec import (
     FP8,
     Case,
@@ -103,6 +104,9 @@ def geglu(
     check_output(out, (x.shape[0], weight.shape[0] // 2), scale)
     check("alpha", alpha, (1,), torch.float32)
     check("count", count, (1,), torch.int32)
+    if launch.kernel == "hopper":
+        hopper_linear(x, weight, out, launch, alpha=alpha, gated=True, scale=scale, count=count)
+        return
     launch_linear(_geglu_kernel, x, weight, partials, launch, out, alpha, scale, count)
 
 
@@ -138,7 +142,10 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
 
 
 def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
-    return linear_launches(case["m"], 2 * case["n"], case["k"], case.dtype.itemsize, device)
+    m, n, k = case["m"], 2 * case["n"], case["k"]
+    itemsizes = (case.dtype.itemsize, case.out_dtype.itemsize)
+    launches = linear_launches(m, n, k, itemsizes[0], device)
+    return launches + hopper_launches(m, n, k, itemsizes, device, gated=True)
 
 
 def _cases() -> Iterator[Case]:

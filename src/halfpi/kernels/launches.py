@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 
+from halfpi.kernels import hopper_linear
+from halfpi.kernels.cuda_source import is_available
 from halfpi.kernels.spec import Device
 from halfpi.kernels.tile import TileLaunch
 
@@ -32,6 +35,8 @@ _WAVE_ROWS, _WAVE_WIDTHS = 128, (48, 64, 80, 96, 128, 144, 160, 192, 256)
 _WAVE_STAGES = (3, 4, 5, 6)
 # cuBLAS wants E4M3 operands of these multiples.
 _LIBRARY_ALIGN = 16
+# Steps along K that a block of `hopper_linear` has ahead of the one that is multiplied.
+_HOPPER_STAGES = (3, 4, 6)
 # Warps that keep a multiprocessor's matrix units busy.
 _WARPS = 8
 # Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does; of
@@ -64,15 +69,78 @@ def split_linear_launches(
         for split_k in (2, 1, 3, 4)
         for one in launches
         if one.programs == 0 and _tiles(one, m, n) * split_k <= 2 * device.multiprocessors
-        if split_k == 1 or not one.library
+        if split_k == 1 or one.kernel != "library"
     ]
     for split_k in (2, 3, 4):
         split += _one_wave(m, n, itemsize, device, split_k)
     return tuple(
-        one if one.library else dataclasses.replace(one, promote=_promoted(one, k, itemsize))
+        one
+        if one.kernel == "library"
+        else dataclasses.replace(one, promote=_promoted(one, k, itemsize))
         for one in split
         if one.shared_bytes(itemsize) <= device.shared_bytes
     )
+
+
+def hopper_launches(
+    m: int,
+    n: int,
+    k: int,
+    itemsizes: tuple[int, int],
+    device: Device,
+    *,
+    splits: Sequence[int] = (1,),
+    bias: bool = False,
+    gated: bool = False,
+) -> tuple[TileLaunch, ...]:
+    """Launches of `hopper_linear` that fit `device`, for operands and outputs of `itemsizes`.
+
+    The narrowest tiles of which all run at once, or the widest, one after another if they are
+    gated; of each, more and fewer steps ahead.
+    """
+    itemsize, out_itemsize = itemsizes
+    columns = n // 2 if gated else n
+    aligned = not (k * itemsize % _LIBRARY_ALIGN or columns * out_itemsize % _LIBRARY_ALIGN)
+    if device.capability != 90 or not is_available() or not aligned or m <= FEW_ROWS:
+        return ()
+    most = _FAST_SUM if len(splits) == 1 else _FAST_PART
+    tiles = (
+        tile
+        for split_k in splits
+        if itemsize > 1 or k <= split_k * most
+        for tile in _hopper_tiles(
+            m, n, device, split_k, _LIBRARY_ALIGN * (2 if gated else 1), gated
+        )
+    )
+    launches = (
+        dataclasses.replace(tile, block_k=_LINE_BYTES // itemsize, num_stages=stages, pdl=True)
+        for tile in tiles
+        for stages in _HOPPER_STAGES
+    )
+    return tuple(
+        one
+        for one in launches
+        if hopper_linear.shared_bytes(one, out_itemsize, bias=bias, gated=gated)
+        <= device.shared_bytes
+    )
+
+
+def _hopper_tiles(
+    m: int, n: int, device: Device, split_k: int, step: int, gated: bool
+) -> Iterator[TileLaunch]:
+    for groups, widest in hopper_linear.WIDEST.items():
+        block_m = groups * hopper_linear.GROUP_ROWS
+        rows = math.ceil(m / block_m)
+        widths = range(step, widest + 1, step)
+        most = device.multiprocessors // split_k
+        width = next((width for width in widths if rows * math.ceil(n / width) <= most), widest)
+        waves = rows * math.ceil(n / width) > most
+        for peers in (1, 2):
+            if rows % peers == 0:
+                yield TileLaunch(
+                    block_m=block_m, block_n=width, split_k=split_k, peers=peers, kernel="hopper",
+                    programs=device.multiprocessors if waves and gated else 0,
+                )  # fmt: skip
 
 
 def _promoted(launch: TileLaunch, k: int, itemsize: int) -> int:
@@ -99,7 +167,7 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
     ]
     launches = [*with_tma, *persistent, *plain[:2], *_one_wave(m, n, itemsize, device)]
     if itemsize <= 2 and n % _LIBRARY_ALIGN == 0 and k % _LIBRARY_ALIGN == 0:
-        launches.append(TileLaunch(pdl=True, library=True))
+        launches.append(TileLaunch(pdl=True, kernel="library"))
     return launches
 
 

@@ -14,18 +14,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from halfpi.kernels.hopper_norm import hopper_norm, norm_launches
 from halfpi.kernels.rms_norm import NORM_EPS, norm_problem
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
     Case,
-    Device,
     KernelSpec,
     Launch,
     Problem,
     check,
     check_output,
-    row_launches,
 )
 from halfpi.kernels.tile import begin, partial_row, scalar, store, valid_count
 
@@ -111,6 +110,12 @@ def layer_norm(
     check("alpha", alpha, (1,), torch.float32)
     check_output(out, (m, d), scale)
     check("count", count, (1,), torch.int32)
+    if launch.kernel == "hopper":
+        hopper_norm(
+            x, weight, out, NORM_EPS, bias=bias, partials=partials, alpha=alpha,
+            partials_bias=partials_bias, scale=scale, count=count,
+        )  # fmt: skip
+        return
     _layer_norm_kernel[(m,)](
         x, weight, bias, partials, alpha, partials_bias, out, scale, count, m, d,
         SPLITS=splits, EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
@@ -131,10 +136,6 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
     return norm_problem(layer_norm, layer_norm_reference, inputs, case, launch, flops=7)
 
 
-def _launches(case: Case, device: Device) -> tuple[Launch, ...]:
-    return row_launches(case["d"], device)
-
-
 def _cases() -> Iterator[Case]:
     vision = {"m": 768, "d": 1152, "valid": 768, "splits": 0}
     for out_dtype in (torch.bfloat16, FP8):
@@ -145,4 +146,4 @@ def _cases() -> Iterator[Case]:
     yield Case("ragged-wide", ragged, out_dtype=FP8, real=False)
 
 
-SPEC = KernelSpec("layer_norm", tuple(_cases()), _problem, _launches)
+SPEC = KernelSpec("layer_norm", tuple(_cases()), _problem, norm_launches)

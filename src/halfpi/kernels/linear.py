@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.hopper_linear import hopper_linear
+from halfpi.kernels.launches import hopper_launches, linear_launches
 from halfpi.kernels.spec import (
     FP8,
     Case,
@@ -116,6 +117,7 @@ def linear(
     scale: Tensor | None = None,
     count: Tensor | None = None,
     partials: Tensor | None = None,
+    later: Tensor | None = None,
 ) -> None:
     """Write `linear_reference` to `out` (m, n), which may be `residual` itself.
 
@@ -124,7 +126,8 @@ def linear(
     do bias and GELU itself. gate: fp32 (m or 1, n), of any row stride. residual: (m, n), as `out`
     or fp32. scale: fp32 (1,), quantises an E4M3 `out`. count: int32 (1,), the rows that are valid;
     others are neither computed nor written, except by a library alone. partials: see
-    `launch_linear`.
+    `launch_linear`. later: weights that the next product reads; kernel "hopper" brings them to the
+    L2.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
@@ -134,7 +137,15 @@ def linear(
     check("bias", bias, (n,), torch.float32, x.dtype)
     check("alpha", alpha, (1,), torch.float32)
     check("count", count, (1,), torch.int32)
-    if launch.library and gate is residual is scale is None:
+    if launch.kernel == "hopper":
+        if gate is not None or residual is not None:
+            raise ValueError('kernel "hopper" has neither gate nor residual')
+        hopper_linear(
+            x, weight, out, launch,
+            alpha=alpha, bias=bias, gelu=gelu, scale=scale, count=count, later=later,
+        )  # fmt: skip
+        return
+    if launch.kernel == "library" and gate is residual is scale is None:
         if bias is None and not gelu:
             multiply(x, weight, out, alpha)
             return
@@ -192,7 +203,12 @@ def _random_bias(case: Case, device: torch.device) -> Tensor:
 
 
 def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
-    return linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
+    m, n, k, itemsize = case["m"], case["n"], case["k"], case.dtype.itemsize
+    launches = linear_launches(m, n, k, itemsize, device)
+    if itemsize > 2 or case.sizes.get("gate") or case.sizes.get("residual"):
+        return launches
+    itemsizes, bias = (itemsize, case.out_dtype.itemsize), bool(case.sizes.get("bias", True))
+    return launches + hopper_launches(m, n, k, itemsizes, device, bias=bias)
 
 
 def _cases() -> Iterator[Case]:

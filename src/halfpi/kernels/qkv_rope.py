@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfpi.kernels.launches import linear_launches
+from halfpi.kernels.hopper_linear import Rotated, hopper_linear
+from halfpi.kernels.launches import hopper_launches, linear_launches
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
@@ -157,6 +158,12 @@ def qkv_rope(
     check("offset", offset, (1,), torch.int32)
     check("alpha", alpha, (1,), torch.float32)
     check("count", count, (1,), torch.int32)
+    if launch.kernel == "hopper":
+        hopper_linear(
+            x, weight, query, launch,
+            alpha=alpha, rotated=Rotated(keys, values, cos, sin, offset), count=count,
+        )  # fmt: skip
+        return
     launch_linear(
         _qkv_rope_kernel, x, weight, partials, launch,
         query, keys, values, cos, sin, alpha, offset, count, q * k, kv * k, k, s,
@@ -215,8 +222,11 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
 
 
 def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
-    n = (case["q"] + 2 * case["kv"]) * case["k"]
-    return linear_launches(case["m"], n, case["d"], case.dtype.itemsize, device)
+    m, n, d = case["m"], (case["q"] + 2 * case["kv"]) * case["k"], case["d"]
+    itemsizes = (case.dtype.itemsize, case.out_dtype.itemsize)
+    launches = linear_launches(m, n, d, itemsizes[0], device)
+    whole_chunks = case["k"] % 8 == 0 and itemsizes[1] == 2
+    return launches + (hopper_launches(m, n, d, itemsizes, device) if whole_chunks else ())
 
 
 def _cases() -> Iterator[Case]:

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from halfpi.kernels.hopper_norm import hopper_norm, norm_launches
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
     Case,
-    Device,
     KernelSpec,
     Launch,
     Output,
@@ -27,7 +27,6 @@ from halfpi.kernels.spec import (
     check_output,
     moved_bytes,
     poisoned_output,
-    row_launches,
 )
 from halfpi.kernels.tile import begin, partial_row, scalar, store, valid_count
 
@@ -107,6 +106,11 @@ def rms_norm(
     check("alpha", alpha, (1,), torch.float32)
     check_output(out, (m, d), scale)
     check("count", count, (1,), torch.int32)
+    if launch.kernel == "hopper":
+        hopper_norm(
+            x, gain, out, NORM_EPS, partials=partials, alpha=alpha, scale=scale, count=count
+        )
+        return
     _rms_norm_kernel[(m,)](
         x, gain, partials, alpha, out, scale, count, m, d,
         SPLITS=splits, EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
@@ -158,10 +162,6 @@ def norm_problem(
     )
 
 
-def _launches(case: Case, device: Device) -> tuple[Launch, ...]:
-    return row_launches(case["d"], device)
-
-
 def _cases() -> Iterator[Case]:
     prefill = {"m": 968, "d": 2048, "valid": 968, "splits": 0}
     for out_dtype in (torch.bfloat16, FP8):
@@ -172,4 +172,4 @@ def _cases() -> Iterator[Case]:
     yield Case("ragged-wide", ragged, out_dtype=FP8, real=False)
 
 
-SPEC = KernelSpec("rms_norm", tuple(_cases()), _problem, _launches)
+SPEC = KernelSpec("rms_norm", tuple(_cases()), _problem, norm_launches)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,16 +26,26 @@ class Launch:
     pdl: programmatic dependent launch (sm_90 and newer). The kernel may start while the one before
     it still runs; it fetches what does not depend on that one, then waits for it. Weights, tables,
     counts, offsets and scales are read before waiting: no kernel that may still run writes them.
+    kernel: which of an operation's kernels; others than Triton's are for what they are offered for.
+
+    Raises ValueError for a kernel that the operation does not have.
     """
+
+    KERNELS: ClassVar[tuple[str, ...]] = ("triton", "hopper")
 
     num_warps: int = 4
     num_stages: int = 2
     pdl: bool = False
+    kernel: str = "triton"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in self.KERNELS:
+            raise ValueError(f"kernel must be one of {self.KERNELS}, got {self.kernel!r}")
 
     @property
     def is_general(self) -> bool:
         """Whether it is good for sizes near those for which it was offered."""
-        return True
+        return self.kernel == "triton"
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of a Triton launch that do not depend on the kernel."""

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfpi.kernels.launches import split_linear_launches
+from halfpi.kernels.hopper_linear import hopper_linear
+from halfpi.kernels.launches import hopper_launches, split_linear_launches
 from halfpi.kernels.spec import (
     FLOATS,
     FP8,
@@ -93,12 +94,13 @@ def split_linear(
     launch: TileLaunch,
     *,
     count: Tensor | None = None,
+    later: Tensor | None = None,
 ) -> None:
     """Write the products over `launch.split_k` ranges of K, see `split_linear_reference`.
 
     x: (m, k), weight: (n, k), both bfloat16 or both E4M3. partials: (split_k, m, n), float32 or
     bfloat16, which it is for a library. count: int32 (1,), the rows that are valid; others are
-    neither computed nor written, except by a library.
+    neither computed nor written, except by a library. later: see `linear`.
 
     Raises ValueError naming the tensor that is not so.
     """
@@ -107,8 +109,11 @@ def split_linear(
     check("weight", weight, (n, k), x.dtype)
     check("partials", partials, (launch.split_k, m, n), *FLOATS)
     check("count", count, (1,), torch.int32)
-    if launch.library:
+    if launch.kernel == "library":
         multiply(x, weight, partials[0])
+        return
+    if launch.kernel == "hopper":
+        hopper_linear(x, weight, partials, launch, count=count, later=later)
         return
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
     _split_linear_kernel[(tiles, launch.split_k)](
@@ -215,7 +220,10 @@ def _problem(case: Case, launch: TileLaunch, device: torch.device) -> Problem:
 
 
 def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
-    return split_linear_launches(case["m"], case["n"], case["k"], case.dtype.itemsize, device)
+    m, n, k, itemsize = case["m"], case["n"], case["k"], case.dtype.itemsize
+    itemsizes = (itemsize, case.workspace_dtype.itemsize)
+    launches = split_linear_launches(m, n, k, itemsize, device)
+    return launches + hopper_launches(m, n, k, itemsizes, device, splits=(1, 2, 3, 4))
 
 
 def _cases() -> Iterator[Case]:

@@ -12,10 +12,12 @@ once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
 
+from halfpi.kernels.cuda_source import is_available
 from halfpi.kernels.spec import FP8_MAX, Launch
 
 LINE_BYTES = tl.constexpr(128)
@@ -57,9 +59,13 @@ class TileLaunch(Launch):
     is one each. ahead: how many steps of weights are fetched into L2 before waiting for the kernel
     before (with pdl). tma: read through tensor descriptors (sm_90 and newer). promote: after how
     many steps an E4M3 product joins an fp32 sum, because Hopper itself accumulates it in about 14
-    bits (DeepSeek-V3 2024, 3.3.2); 0 is never. library: cuBLAS multiplies (bfloat16 or E4M3) all
-    rows into a workspace, as if K were split.
+    bits (DeepSeek-V3 2024, 3.3.2); 0 is never. peers: how many blocks of kernel "hopper"
+    (hopper_linear.py), which have rows below each other, share the weights that they read. By
+    kernel "library" cuBLAS multiplies (bfloat16 or E4M3) all rows into a workspace, as if K were
+    split.
     """
+
+    KERNELS: ClassVar[tuple[str, ...]] = ("triton", "library", "hopper")
 
     block_m: int = 128
     block_n: int = 128
@@ -69,20 +75,28 @@ class TileLaunch(Launch):
     tma: bool = False
     programs: int = 0
     promote: int = 0
-    library: bool = False
+    peers: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ahead and (self.tma or not self.pdl):
             raise ValueError(f"ahead needs pdl and does not go with tma, got {self}")
-        if len(self.widths) > 2:
+        if self.kernel == "hopper" and (self.block_m % 64 or self.block_n % 16):
+            raise ValueError(f"tiles must be of whole 64 rows and 16 columns, got {self}")
+        if self.kernel == "triton" and len(self.widths) > 2:
             raise ValueError(f"block_n must be one or the sum of two powers of two, got {self}")
-        if self.library and self.split_k > 1:
+        if self.kernel == "library" and self.split_k > 1:
             raise ValueError(f"a library does not split K, got {self}")
 
     @property
     def needs_partials(self) -> bool:
         """Whether an operation needs a workspace (split_k, m, n) for partial products."""
-        return self.split_k > 1 or self.library
+        return self.kernel != "hopper" and (self.split_k > 1 or self.kernel == "library")
+
+    @property
+    def is_general(self) -> bool:
+        """Whether it is good for other numbers of rows than those for which it was offered."""
+        return self.kernel != "hopper" or is_available()
 
     @property
     def widths(self) -> list[int]:

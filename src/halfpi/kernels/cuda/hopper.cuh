@@ -128,6 +128,16 @@ __device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int co
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
+// To the same place in each of the BLOCKS blocks of the cluster, whose barriers count the bytes.
+template <int BLOCKS>
+__device__ __forceinline__ void tensor_copy_to_all(u32 to, const TensorMap& map, int column, int row,
+                                                   u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<short>((1 << BLOCKS) - 1))
+      : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -339,6 +349,16 @@ __device__ __forceinline__ uint4 eight_bf16(const float (&v)[8]) {
 }
 __device__ __forceinline__ uint2 eight_e4m3(const float (&v)[8], float factor) {
   return make_uint2(pack_e4m3(&v[0], factor), pack_e4m3(&v[4], factor));
+}
+
+// Two neighbours as an output.
+template <bool E4M3>
+__device__ __forceinline__ void store_pair(u32 to, float even, float odd) {
+  if constexpr (E4M3) {
+    store_shared(to, pack_e4m3(even, odd));
+  } else {
+    store_shared(to, pack_bf16(even, odd));
+  }
 }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7F800000); }

@@ -99,16 +99,6 @@ __device__ __forceinline__ void store_average(const float (&average)[32], const 
   }
 }
 
-// Two neighbours as an output.
-template <bool E4M3>
-__device__ __forceinline__ void store_pair(u32 to, float even, float odd) {
-  if constexpr (E4M3) {
-    store_shared(to, pack_e4m3(even, odd));
-  } else {
-    store_shared(to, pack_bf16(even, odd));
-  }
-}
-
 // Averages of eight dimensions of a row over parts of the keys become one. log_sums: of this row, of
 // a part 64 from those of the next.
 template <int PARTS>

@@ -1,0 +1,212 @@
+// A linear layer, x (m, k) · weight (n, k)ᵀ, and what follows it. The blocks of a cluster have rows
+// below each other and the same columns, of whose weights each brings its part for all.
+#include "epilogue.cuh"
+#include "wide.cuh"
+
+namespace {
+
+using namespace hopper;
+
+// Three groups need more registers than an even share, so those that fill the ring are a group, too.
+constexpr bool CROWDED = GROUPS > 2;
+constexpr int THREADS = 128 * GROUPS + (CROWDED ? 128 : 32), ROWS = 64 * GROUPS;
+constexpr int LINE = 128, STEP = FP8 ? LINE : LINE / 2;  // bytes and numbers along K
+constexpr int X_BYTES = ROWS * LINE, W_BYTES = WIDTH * LINE, STAGE = X_BYTES + W_BYTES;
+constexpr int PART = WIDTH / PEERS, PART_BYTES = W_BYTES / PEERS;  // columns that a block brings
+constexpr int RING = STAGES * STAGE;
+// A block with one tile stages it where the ring was.
+constexpr int STAGED = ONE_TILE ? 0 : RING, STAGED_END = STAGED + ROWS * PITCH;
+constexpr int COLUMN_BIAS = RING > STAGED_END ? RING : STAGED_END;
+constexpr int BARRIERS = COLUMN_BIAS + (BIAS ? WIDTH * 4 : 0);
+// Where two blocks fit, one multiplies while the other begins or ends.
+constexpr int PER_MULTIPROCESSOR = SHARED_BYTES <= 115712 && !CROWDED && WIDTH <= 112 ? 2 : 1;
+static_assert(BARRIERS + 16 * STAGES <= SHARED_BYTES, "the launcher allocates what the kernel uses");
+static_assert(PART_BYTES % 1024 == 0, "lines are swizzled in groups of eight");
+
+// Where a tile begins in the output, and its steps along K.
+struct Tile {
+  int row, column, split, first, last;
+};
+
+// All tiles, of which a cluster has each `stride`-th.
+struct Tiles {
+  int rows, columns, steps, steps_of_split, count, begin, stride;
+
+  __device__ __forceinline__ Tiles(int valid, int n, int k, int splits) {
+    rows = (valid + PEERS * ROWS - 1) / (PEERS * ROWS);
+    columns = (n + WIDTH - 1) / WIDTH;
+    steps = (k + STEP - 1) / STEP;
+    steps_of_split = (steps + splits - 1) / splits;
+    count = rows * columns * splits;
+    begin = blockIdx.x / PEERS, stride = gridDim.x / PEERS;
+  }
+  __device__ __forceinline__ Tile at(int index) const {
+    const int split = index / (rows * columns), first = split * steps_of_split;
+    const int last = first + steps_of_split;
+    return {(index % rows * PEERS + int(blockIdx.x % PEERS)) * ROWS,
+            index / rows % columns * WIDTH, split, first, last < steps ? last : steps};
+  }
+};
+
+struct Ring {
+  u32 shared;
+
+  __device__ __forceinline__ u32 x(int slot) const { return shared + slot * STAGE; }
+  __device__ __forceinline__ u32 weights(int slot) const { return x(slot) + X_BYTES; }
+  __device__ __forceinline__ u32 full(int slot) const { return shared + BARRIERS + 8 * slot; }
+  __device__ __forceinline__ u32 empty(int slot) const { return full(STAGES + slot); }
+
+  __device__ __forceinline__ void init() const {
+    for (int slot = 0; slot < STAGES; ++slot) {
+      mbarrier_init(full(slot), 1);
+      mbarrier_init(empty(slot), PEERS * GROUPS * 4);  // warps
+    }
+    mbarriers_ready();
+  }
+  // By a whole warp, whose products have read the slot.
+  __device__ __forceinline__ void release(int slot) const {
+    const int lane = threadIdx.x % 32;
+    if (PEERS == 1) {
+      if (lane == 0) mbarrier_arrive(empty(slot), 1);
+    } else if (lane < PEERS) {
+      mbarrier_arrive_at(in_block(empty(slot), lane));
+    }
+  }
+};
+
+// This block's share of what the next products read, to the L2.
+__device__ __forceinline__ void prefetch_share(const char* all, int bytes) {
+  constexpr int PIECE = 4096;
+  for (int at = blockIdx.x * PIECE; at < bytes; at += gridDim.x * PIECE) {
+    bulk_prefetch(all + at, bytes - at < PIECE ? bytes - at : PIECE);
+  }
+}
+
+// One thread fills the ring. Weights do not depend on the kernel before.
+__device__ __forceinline__ void fill(const Ring& ring, const TensorMap& x, const TensorMap& weight,
+                                     const Tiles& tiles, const char* later, int later_bytes) {
+  const int rank = PEERS == 1 ? 0 : cluster_rank();
+  auto bring_weights = [&](int slot, const Tile& tile, int step) {
+    mbarrier_expect(ring.full(slot), STAGE);
+    const u32 to = ring.weights(slot) + rank * PART_BYTES;
+    const int row = tile.column + rank * PART;
+    if (PEERS == 1) {
+      tensor_copy(to, weight, step * STEP, row, ring.full(slot));
+    } else {
+      tensor_copy_to_all<PEERS>(to, weight, step * STEP, row, ring.full(slot));
+    }
+  };
+  const Tile begin = tiles.at(tiles.begin);
+  const int steps = begin.last - begin.first, early = steps < STAGES ? steps : STAGES;
+  for (int i = 0; i < early; ++i) bring_weights(i, begin, begin.first + i);
+  wait_for_kernel_before();
+
+  RingCursor<STAGES> at{0, 1};
+  int number = 0;
+  for (int index = tiles.begin; index < tiles.count; index += tiles.stride) {
+    const Tile tile = tiles.at(index);
+    for (int step = tile.first; step < tile.last; ++step, ++number) {
+      wait(ring.empty(at.slot), at.parity);
+      if (number >= early) bring_weights(at.slot, tile, step);
+      tensor_copy(ring.x(at.slot), x, step * STEP, tile.row, ring.full(at.slot));
+      if (number + 1 == early) prefetch_share(later, later_bytes);
+      at.advance();
+    }
+  }
+}
+
+// Sums of `steps` steps, by a group of 128 threads.
+__device__ __forceinline__ void multiply(float (&sums)[WIDTH / 2], const Ring& ring,
+                                         RingCursor<STAGES>& at, int group, int steps) {
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0.0f;
+  int before = -1;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const Swizzled rows(ring.x(at.slot) + group * 64 * LINE), weights(ring.weights(at.slot));
+    wait(ring.full(at.slot), at.parity);
+    settle(sums);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < LINE; k += 32) {
+      Wide<WIDTH, FP8>::mma(sums, rows.at(k), weights.at(k));
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (before >= 0) ring.release(before);
+    before = at.slot;
+    at.advance();
+  }
+  wgmma_wait<0>();
+  settle(sums);
+  if (before >= 0) ring.release(before);
+}
+
+__device__ __forceinline__ float bias_at(const void* bias, int column) {
+  return BIAS == 4 ? static_cast<const float*>(bias)[column]
+                   : low_bf16(static_cast<const unsigned short*>(bias)[column]);
+}
+
+}  // namespace
+
+// out: (m, n), or (splits, m, n) of ranges of K, or the query of EPILOGUE ROTATED. BIAS: the bytes of a
+// number of it, which wants ONE_TILE. alpha, scale: one without. valid: the rows that are, all without.
+// offset: zero without. capacity: places of the cache. later: weights that the next product reads.
+extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
+    __launch_bounds__(THREADS, PER_MULTIPROCESSOR)
+    linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, char* out,
+           const void* bias, const float* alpha, const float* scale, const int* valid, long long m,
+           long long n, long long k, long long splits, const char* later, long long later_bytes,
+           const float* cos, const float* sin, char* keys, char* values, const int* offset,
+           long long q_width, long long kv_width, long long capacity) {
+  extern __shared__ __align__(1024) char memory[];
+  const Ring ring{shared_address(memory)};
+  const int thread = threadIdx.x, warp = uniform(thread / 32);
+  const int rows = valid ? *valid : int(m), place = offset ? *offset : 0;
+  const Tiles tiles(rows, n, k, splits);
+
+  launch_dependents();
+  if (thread == 0) {
+    prefetch_map(x), prefetch_map(weight);
+    ring.init();
+  }
+  float* columns = reinterpret_cast<float*>(memory + COLUMN_BIAS);
+  if (BIAS) {
+    const int first = tiles.at(tiles.begin).column;
+    for (int i = thread; i < WIDTH && first + i < n; i += THREADS) {
+      columns[i] = bias_at(bias, first + i);
+    }
+  }
+  const float factor = scale ? reciprocal(*scale) : 1.0f, times = alpha ? *alpha : 1.0f;
+  __syncthreads();
+  if (PEERS > 1) cluster_barrier();
+
+  if (tiles.begin >= tiles.count) {
+    // Nothing is left for this cluster.
+  } else if (warp >= 4 * GROUPS) {
+    if (CROWDED) fewer_registers<32>();
+    if (warp == 4 * GROUPS && elected()) fill(ring, x, weight, tiles, later, later_bytes);
+  } else {
+    if (CROWDED) more_registers<160>();
+    const Warp epilogue{ring.shared + STAGED + warp * 16 * PITCH, thread % 32, columns};
+    const int out_n = EPILOGUE == GATED ? n / 2 : n;
+    const Outputs to{out, out_n, keys, values, cos, sin, int(q_width), int(kv_width), place};
+    const int most = EPILOGUE == ROTATED && capacity - place < rows ? capacity - place : rows;
+    RingCursor<STAGES> at;
+    float sums[WIDTH / 2];
+    for (int index = tiles.begin; index < tiles.count; index += tiles.stride) {
+      const Tile tile = tiles.at(index);
+      multiply(sums, ring, at, warp / 4, tile.last - tile.first);
+      if (ONE_TILE) named_barrier(1, 128 * GROUPS);
+      const int row = tile.row + warp * 16;
+      epilogue.stage(sums, row, tile.column, to, times, factor);
+      const int column = EPILOGUE == GATED ? tile.column / 2 : tile.column;
+      epilogue.copy_out(to, tile.split * m + row, most - row, column);
+    }
+  }
+  if (PEERS > 1) {  // whose barriers and memory others use
+    __syncwarp();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
+}
