@@ -275,6 +275,14 @@ class BenchStages(BenchEngine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchPaced(BenchEngine):
+    """Time the stages of an engine that is asked at a rate, as by a robot, and rests in between."""
+
+    rate_hz: float = 20.0
+    """Calls a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchE2e(BenchEngine):
     """Time a policy from images to actions, with images of the model's size and of 480 × 640."""
 
@@ -300,6 +308,7 @@ class Bench:
     what: Annotated[
         Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[BenchStages, tyro.conf.subcommand("stages", prefix_name=False)]
+        | Annotated[BenchPaced, tyro.conf.subcommand("paced", prefix_name=False)]
         | Annotated[BenchE2e, tyro.conf.subcommand("e2e", prefix_name=False)]
         | Annotated[BenchMlp, tyro.conf.subcommand("mlp", prefix_name=False)]
         | Annotated[BenchAttention, tyro.conf.subcommand("attention", prefix_name=False)]

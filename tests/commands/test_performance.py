@@ -23,6 +23,13 @@ def test_stages_are_printed_recorded_and_drawn(
     assert "denoise" in chart.read_text()
 
 
+def test_stages_can_be_asked_for_at_a_rate(halfpi: Halfpi, tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--repeats", 1, "--num-steps", 1, "--rate-hz", 50)
+    halfpi("bench", "paced", "nano", *arguments, "--results", tmp_path)
+    (record,) = read_records(tmp_path)
+    assert (record.benchmark, record.numbers["rate_hz"]) == ("paced", 50)
+
+
 def test_end_to_end_is_recorded_for_two_sizes_of_images(halfpi: Halfpi, tmp_path: Path) -> None:
     arguments = ("--device", "cpu", "--repeats", 2, "--num-steps", 1, "--precision", "bf16")
     halfpi("bench", "e2e", *arguments, "--results", tmp_path)

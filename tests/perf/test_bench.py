@@ -94,6 +94,15 @@ def test_the_stages_of_a_captured_engine_are_replayed(tiny_config: Pi05Config) -
     assert number_of(record, "cold_start_s", "vision") is None
 
 
+def test_at_a_rate_a_call_runs_whole_or_in_stages(tiny_config: Pi05Config) -> None:
+    stand_in = GraphStandIn(random_model(tiny_config))
+    subject = dataclasses.replace(subject_of(tiny_config), engine=stand_in, backend="triton")
+    record = bench_stages(subject, CASE, repeats=3, rate_hz=200)
+    assert (record.benchmark, record.numbers["rate_hz"]) == ("paced", 200)
+    assert list(record.ms) == ["vision", "prefill", "denoise", "total"]
+    assert stand_in.replayed == list(STAGES) * 26  # 10 to warm up and 3, apart and whole
+
+
 def test_a_narrow_model_is_compared_with_itself_in_fp32(tiny_config: Pi05Config) -> None:
     record = bench_stages(subject_of(tiny_config, BF16), BF16, repeats=1)
     assert record.error is not None

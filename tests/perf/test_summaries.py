@@ -7,7 +7,7 @@ from typing import Any
 
 from halfpi.perf.cases import ABLATION, Precision, standard_case
 from halfpi.perf.records import Percentiles, Record
-from halfpi.perf.summaries import Summary, ablation, attention, e2e, kernels, mlp, standard
+from halfpi.perf.summaries import Summary, ablation, attention, e2e, kernels, mlp, paced, standard
 
 H200 = "NVIDIA H200"
 
@@ -53,6 +53,16 @@ def test_the_standard_case_has_floors_targets_and_everybody_in_order() -> None:
     assert column(summary, "total ms")[1:] == ["11.50", "4.54", "7.80", "7.50", "17.06"]
     assert column(summary, "vision ms")[-2:] == ["1.00", ""]
     assert standard([peer]).rows == []
+
+
+def test_paced_stages_have_their_rate() -> None:
+    stages = {name: times(1.0) for name in ("vision", "prefill", "denoise")}
+    records = [measured("paced", "triton", numbers={"rate_hz": rate}) for rate in (10.0, 20.0)]
+    records.append(measured("stages", "triton"))
+    records = [dataclasses.replace(each, ms={**stages, "total": times(3.1)}) for each in records]
+    summary = paced(records)
+    assert column(summary, "calls a second") == ["20"]
+    assert column(summary, "total ms") == ["3.10"]
 
 
 def test_end_to_end_tells_sizes_of_images_apart() -> None:

@@ -51,6 +51,22 @@ def test_on_a_cpu_short_work_runs_as_it_is() -> None:
     assert rotation(torch.device("cpu"), 10**9) == 2
 
 
+def test_calls_at_a_rate_rest_in_between() -> None:
+    began: list[float] = []
+    start = time.perf_counter()
+    timed = measure(
+        {"note": lambda _: began.append(time.perf_counter())},
+        "host",
+        repeats=4,
+        warm_ups=1,
+        rate_hz=50,
+    )
+    assert all(at - start >= index / 50 for index, at in enumerate(began))
+    assert timed["note"].p50 < 19
+    with pytest.raises(ValueError, match="rate_hz must be positive, got 0"):
+        measure({"note": print}, "host", repeats=1, rate_hz=0)
+
+
 def test_percentiles_are_interpolated() -> None:
     times = percentiles([float(value) for value in range(101)])
     assert (times.p50, times.p90, times.p99) == (50.0, 90.0, 99.0)

@@ -73,10 +73,16 @@ def _attention(options: cli.BenchAttention, device: torch.device) -> list[Record
     return bench_attention(device, Device.of(device), repeats=options.repeats)
 
 
-def _stages(options: cli.BenchStages, device: torch.device) -> Iterator[Record]:
+def _stages(
+    options: cli.BenchStages | cli.BenchPaced, device: torch.device, rate_hz: float | None = None
+) -> Iterator[Record]:
     model, case = _model_and_case(options, device)
     subject = make_subject(model, case, engine_config(case, options.backend))
-    yield bench_stages(subject, case, repeats=options.repeats)
+    yield bench_stages(subject, case, repeats=options.repeats, rate_hz=rate_hz)
+
+
+def _paced(options: cli.BenchPaced, device: torch.device) -> Iterator[Record]:
+    return _stages(options, device, options.rate_hz)
 
 
 def _e2e(options: cli.BenchE2e, device: torch.device) -> Iterator[Record]:
@@ -104,6 +110,7 @@ def _ablation(options: cli.BenchAblation, device: torch.device) -> list[Record]:
 _BENCHMARKS: dict[str, Callable[[Any, torch.device], Iterator[Record] | list[Record]]] = {
     "BenchKernels": _kernels,
     "BenchStages": _stages,
+    "BenchPaced": _paced,
     "BenchE2e": _e2e,
     "BenchMlp": _mlp,
     "BenchAttention": _attention,

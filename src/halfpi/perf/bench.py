@@ -35,22 +35,33 @@ from halfpi.types import Observation
 _ROTATION = 4
 
 
-def bench_stages(subject: Subject, case: Case, *, repeats: int = 200) -> Record:
-    """Time the stages of an engine on random inputs of `case`; its error is against fp32."""
+def bench_stages(
+    subject: Subject, case: Case, *, repeats: int = 200, rate_hz: float | None = None
+) -> Record:
+    """Time the stages of an engine on random inputs of `case`; its error is against fp32.
+
+    rate_hz: how often a second they run, as a benchmark of its own, "paced"; None is one after
+    another.
+    """
     engine, device = subject.engine, subject.engine.device
     inputs, noise = random_inputs(engine.config, case)
     actions, _ = engine.run(inputs, noise, case.steps)
     with torch.inference_mode():
         calls = stage_calls(subject, case)
         clock, launched = clock_of(device), tuple(calls) if isinstance(engine, EagerEngine) else ()
-        ms = measure(calls, clock, repeats=repeats, launched=launched)
+        # At a rate the stages of a call are apart from a call as a whole, or there would be two.
+        rounds = [{name: calls[name] for name in STAGES}, {"total": calls["total"]}]
+        ms: dict[str, Percentiles] = {}
+        for some in [calls] if rate_hz is None else rounds:
+            ms |= measure(some, clock, repeats=repeats, launched=launched, rate_hz=rate_hz)
+    paced = {} if rate_hz is None else {"rate_hz": rate_hz}
     return _record(
-        "stages",
+        "stages" if rate_hz is None else "paced",
         subject,
         case,
         ms,
         error=relative_error(actions, reference_actions(subject.model, case)),
-        numbers={"cold_start_s": subject.cold_start_s},
+        numbers={"cold_start_s": subject.cold_start_s, **paced},
     )
 
 

@@ -150,6 +150,7 @@ def _waterfall(axes: Any, records: Sequence[Record]) -> int:
 _DRAWERS: Mapping[str, Callable[[Any, Sequence[Record]], int]] = {
     "ablation": _waterfall,
     "stages": _stacks,
+    "paced": _stacks,
 }
 
 

@@ -43,6 +43,25 @@ def standard(records: Sequence[Record]) -> Summary:
     return Summary(header, rows)
 
 
+def paced(records: Sequence[Record]) -> Summary:
+    """Stages of an engine that is asked at a rate."""
+    header = ("device", "engine", "precision", "cameras", "prompt", "chunk", "calls a second")
+    rows: list[tuple[str, ...]] = [
+        (
+            record.device,
+            record.engine,
+            str(record.case["precision"]),
+            *(str(record.case[name]) for name in _CASE[:3]),
+            f"{record.numbers['rate_hz']:g}",
+            *_times(record),
+            commit_label(record.commit, record.dirty),
+        )
+        for record in newest(records)
+        if record.benchmark == "paced"
+    ]
+    return Summary((*header, *(f"{name} ms" for name in TIMES), "commit"), rows)
+
+
 def e2e(records: Sequence[Record]) -> Summary:
     """From images to actions, and what that takes beyond the graphs."""
     header = (

@@ -31,6 +31,7 @@ from halfpi.perf.summaries import (
     e2e,
     kernels,
     mlp,
+    paced,
     standard,
 )
 
@@ -238,7 +239,7 @@ TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "stages": _stages,
     **{
         summary.__name__: partial(_summarised, summary)
-        for summary in (standard, e2e, kernels, mlp, attention, ablation)
+        for summary in (standard, paced, e2e, kernels, mlp, attention, ablation)
     },
 }
 

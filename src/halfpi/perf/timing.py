@@ -4,7 +4,8 @@ Variants of one comparison run interleaved in one loop, because clocks and tempe
 more than what is often compared. Each run takes the next of several inputs, because with the same
 input again a cache serves what memory would have to. On a GPU, events in the stream time the
 device and the host never waits in between; work that is captured in graphs also leaves out what
-launching costs. On the host it is the clock on the wall.
+launching costs. On the host it is the clock on the wall. Work that runs at a rate rests in between,
+as a robot's policy does: a GPU that never rests lowers its clock.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from halfpi.perf.records import Percentiles
 Call = Callable[[int], object]
 
 _WARM_UPS_BEFORE_CAPTURE = 3
+# Clocks of a GPU, about 0.1 ms, in which the host gets ahead of a device that has rested.
+_HEAD_START = 200_000
 # Runs of short work in one graph.
 _ROW = 64
 
@@ -37,6 +40,7 @@ def measure(
     warm_ups: int = 10,
     runs: int = 1,
     launched: Collection[str] = (),
+    rate_hz: float | None = None,
 ) -> dict[str, Percentiles]:
     """Percentiles of the milliseconds that each of `calls` takes, over `repeats` runs.
 
@@ -44,13 +48,19 @@ def measure(
     when it returns. runs: how often a call does its work; times are of one, as the mean of a call.
     launched: names of calls whose work the host launches piece by piece. The device is idle when
     they begin, for during a call before, the host would get ahead of it and hide its own time.
-    Raises ValueError unless there is something to run at least once.
+    rate_hz: how often a second all of `calls` run, one after another; None is without a rest.
+    Raises ValueError unless there is something to run at least once, and at a positive rate.
     """
     if not calls or repeats < 1:
         raise ValueError(f"nothing to measure: {len(calls)} calls, {repeats} repeats")
+    if rate_hz is not None and not rate_hz > 0:
+        raise ValueError(f"rate_hz must be positive, got {rate_hz}")
     stamp, elapsed_ms = _CLOCKS[clock]
     spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+    start = time.perf_counter()
     for index in range(warm_ups + repeats):
+        if rate_hz is not None:
+            _rest_until(start + index / rate_hz, clock)
         for name, call in calls.items():
             if name in launched and clock == "cuda":
                 torch.cuda.synchronize()
@@ -63,6 +73,14 @@ def measure(
         name: percentiles([elapsed_ms(*span) / runs for span in timed[warm_ups:]])
         for name, timed in spans.items()
     }
+
+
+def _rest_until(tick: float, clock: Literal["cuda", "host"]) -> None:
+    if clock == "cuda":
+        torch.cuda.synchronize()
+    time.sleep(max(0.0, tick - time.perf_counter()))
+    if clock == "cuda":
+        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
 
 
 def measure_short(

@@ -286,6 +286,12 @@ __device__ __forceinline__ void pause(u32 clocks) {
   while (clock() - begin < clocks) {}
 }
 
+// About as long, off the multiprocessor's schedule.
+template <int NANOSECONDS>
+__device__ __forceinline__ void nap() {
+  asm volatile("nanosleep.u32 %0;" ::"n"(NANOSECONDS));
+}
+
 // Registers that a thread of this warpgroup may have from here on, out of what the launch was given.
 template <int COUNT>
 __device__ __forceinline__ void more_registers() {

@@ -54,6 +54,19 @@ struct Row {
     }
   }
 
+  // Until one of the sums is there, of some columns of a warp. Those that come during a nap need no
+  // loads of their own.
+  __device__ void await_some(const char* sums, u32 mark) const {
+    constexpr int LANES = 32 / HEADS, NAP = 200;  // of a cluster's sums, and nanoseconds
+    const int lane = thread % 32;
+    const char* one = sums + lane / LANES * (WIDTH * 2) - (lane - lane % LANES) * 8;
+    Watchdog watchdog;
+    while (!__any_sync(~0u, has_mark(load_word(one), mark))) {
+      nap<NAP>();
+      watchdog.check();
+    }
+  }
+
   // x += gate · Σ of all clusters, in order, as soon as they are there. Once some are, there are
   // two sets of loads under way, half a trip apart, so that the last is seen early.
   __device__ void add(const Block& b, bool mlp) {
@@ -70,22 +83,20 @@ struct Row {
         to[i] = load_word(from + i / HEADS * (ROW_THREADS * 8) + i % HEADS * (WIDTH * 2));
       }
     };
-    bool some = false, all;
+    bool all;
     auto take = [&](const Word (&of)[COUNT]) {
       all = true;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
         if (has_mark(of[i], mark)) v[i] = of[i];
-        some |= has_mark(v[i], mark), all &= has_mark(v[i], mark);
+        all &= has_mark(v[i], mark);
       }
       all = __all_sync(~0u, all);
     };
+    await_some(from, mark);
+    load(loaded[0]);
+    take(loaded[0]);
     Watchdog watchdog;
-    do {
-      load(loaded[0]);
-      take(loaded[0]);
-      watchdog.check();
-    } while (!__any_sync(~0u, some));
     if (!all) {
       load(loaded[0]);
       pause(HALF_A_TRIP);
