@@ -162,7 +162,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
   extern __shared__ __align__(1024) char memory[];
   const Ring ring{shared_address(memory)};
   const int thread = threadIdx.x, warp = uniform(thread / 32);
-  const int rows = valid ? *valid : int(m), place = offset ? *offset : 0;
+  const int rows = valid && *valid < m ? *valid : int(m), place = offset ? *offset : 0;
   const Tiles tiles(rows, n, k, splits);
 
   launch_dependents();

@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(16) char memory[];
   const Columns gains{reinterpret_cast<float4*>(memory)};
   const Columns biases{gains.quads + D / 4};
-  const int rows = valid ? *valid : int(m), row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+  const int rows = valid && *valid < m ? *valid : int(m), row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
 
   launch_dependents();
   gains.copy(weight);
