@@ -167,6 +167,12 @@ RAGGED: list[tuple[str, dict[str, int], tuple[int, int], dict[str, int]]] = [
     ("linear", linear(300, 528, 272, 300), (3, 192), {}),
     ("linear", linear(128, 256, 1152, 1), (1, 256), {"num_stages": 5}),
     ("linear", linear(129, 32, 16, 129), (1, 16), {"peers": 2}),  # a block without rows
+    (
+        "linear",
+        linear(150, 80, 80, 400, bias=1),
+        (1, 80),
+        {},
+    ),  # a count of more rows than there are
     # More splits than steps: some have nothing to sum.
     ("split_linear", {"m": 200, "n": 112, "k": 272, "valid": 131}, (2, 112), {"split_k": 2}),
     ("split_linear", {"m": 70, "n": 48, "k": 144, "valid": 70}, (1, 48), {"split_k": 4}),
@@ -208,6 +214,14 @@ def test_norms_of_any_size(
     valid = m if splits else (m + 1) // 2  # with splits x is written, and what it was not stays
     sizes = {"m": m, "d": d, "valid": valid, "splits": splits}
     check(kernel, Case(kernel, sizes, out_dtype=out_dtype), Launch(pdl=True, kernel="hopper"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kernel", ["layer_norm", "rms_norm"])
+def test_a_count_of_more_rows_than_there_are(kernel: str) -> None:
+    case = Case(kernel, {"m": 50, "d": 72, "valid": 400, "splits": 2})
+    check(kernel, case, Launch(pdl=True, kernel="hopper"))
 
 
 def check(kernel: str, case: Case, launch: Launch) -> None:
