@@ -138,6 +138,15 @@ def test_products_refuse(change: dict[str, Any], message: str) -> None:
         hopper_linear(**{**given, **change}, launch=TileLaunch(kernel="hopper"))
 
 
+def test_launches_that_are_refused() -> None:
+    x, weight, several = zeros(4, 32), zeros(32, 32), TileLaunch(kernel="hopper", programs=2)
+    with pytest.raises(ValueError, match="a block with several tiles has no bias"):
+        hopper_linear(x, weight, zeros(4, 32), several, bias=zeros(32, dtype=torch.float32))
+    odd = TileLaunch(kernel="hopper", block_n=176)
+    with pytest.raises(ValueError, match="tiles must have rows of whole 16 bytes"):
+        hopper_linear(x, weight, zeros(4, 16, dtype=FP8), odd, gated=True)
+
+
 def test_norms_refuse() -> None:
     x = zeros(4, 32)
     with pytest.raises(ValueError, match=r"x must be bfloat16 .* multiple of 8, got 36"):

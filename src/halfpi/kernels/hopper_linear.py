@@ -89,16 +89,20 @@ def hopper_linear(
 
     x: (m, k), weight: (n, k), bfloat16 or E4M3, as `out`. bias, gelu, scale, count, later: see
     `linear`. gated: as `geglu` does, with (m, n/2). rotated: as `qkv_rope` does, with the query or
-    None. The caller has checked what those check. Raises ValueError naming the tensor whose rows
-    are not of whole 16 bytes.
+    None. The caller has checked what those check. Raises ValueError naming the tensor, or the
+    launch, whose rows are not of whole 16 bytes.
     """
     (m, k), n = x.shape, weight.shape[0]
+    if launch.programs and bias is not None:
+        raise ValueError(f"a block with several tiles has no bias, got {launch}")
     results = (out,) if rotated is None else (out, rotated.keys, rotated.values)
     last = results[-1]
     assert last is not None  # only the query may be
     for name, tensor in (("x", x), ("weight", weight), *(("out", one) for one in results)):
         if tensor is not None:
             _check_rows(name, tensor)
+    if (launch.block_n // 2 if gated else launch.block_n) * last.itemsize % _ALIGNED_BYTES:
+        raise ValueError(f"tiles must have rows of whole {_ALIGNED_BYTES} bytes, got {launch}")
     what = Variant(
         dtype=x.dtype,
         out_dtype=last.dtype,

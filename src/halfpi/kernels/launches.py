@@ -139,7 +139,7 @@ def _hopper_tiles(
             if rows % peers == 0:
                 yield TileLaunch(
                     block_m=block_m, block_n=width, split_k=split_k, peers=peers, kernel="hopper",
-                    programs=device.multiprocessors if waves and gated else 0,
+                    programs=device.multiprocessors // peers * peers if waves and gated else 0,
                 )  # fmt: skip
 
 

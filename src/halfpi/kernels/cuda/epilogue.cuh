@@ -14,7 +14,7 @@ constexpr int CHUNK = 16 / OUT_BYTES;              // of outputs
 
 __device__ __forceinline__ float gelu(float x) {
   const float half = 0.5f * x;
-  return fmaf(half, tanh_fast(x * fmaf(0.0356774081f * x, x, 0.7978845608f)), half);
+  return fmaf(half, tanh_fast(gelu_argument(x)), half);
 }
 
 // Where outputs go. Of ROTATED, query, keys and values have q_width, kv_width and kv_width of n
@@ -24,7 +24,7 @@ struct Outputs {
   int n;      // columns of a row
   char *keys, *values;
   const float *cos, *sin;
-  int q_width, kv_width, offset;
+  int q_width, kv_width, offset, places;
 
   __device__ __forceinline__ char* at(long row, int column) const {
     if constexpr (EPILOGUE == ROTATED) {
@@ -57,8 +57,8 @@ struct Warp {
         continue;
       }
       if constexpr (EPILOGUE == ROTATED) {
-        if (column + in_tile < to.q_width + to.kv_width) {
-          const int place = row + lane / 4 + j / 2 % 2 * 8 + to.offset;
+        const int place = row + lane / 4 + j / 2 % 2 * 8 + to.offset;
+        if (column + in_tile < to.q_width + to.kv_width && place < to.places) {
           const int angle = place * (HEAD / 2) + (column + in_tile) / 2 % (HEAD / 2);
           const float c = to.cos[angle], s = to.sin[angle], first = even;
           even = even * c - odd * s, odd = odd * c + first * s;

@@ -393,6 +393,11 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return y;
 }
 
+// √(2/π) · (x + 0.044715 x³): GELU is ½x (1 + tanh of it).
+__device__ __forceinline__ float gelu_argument(float x) {
+  return x * fmaf(0.0356774081f * x, x, 0.7978845608f);
+}
+
 // ---- wgmma: D (64 rows, N) in registers += A (64, 32 bytes of K) · B (N, 32 bytes of K)ᵀ
 
 __device__ __forceinline__ void wgmma_fence() {

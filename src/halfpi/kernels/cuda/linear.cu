@@ -171,7 +171,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
     ring.init();
   }
   float* columns = reinterpret_cast<float*>(memory + COLUMN_BIAS);
-  if (BIAS) {
+  if (BIAS && tiles.begin < tiles.count) {
     const int first = tiles.at(tiles.begin).column;
     for (int i = thread; i < WIDTH && first + i < n; i += THREADS) {
       columns[i] = bias_at(bias, first + i);
@@ -190,12 +190,14 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
     if (CROWDED) more_registers<160>();
     const Warp epilogue{ring.shared + STAGED + warp * 16 * PITCH, thread % 32, columns};
     const int out_n = EPILOGUE == GATED ? n / 2 : n;
-    const Outputs to{out, out_n, keys, values, cos, sin, int(q_width), int(kv_width), place};
-    const int most = EPILOGUE == ROTATED && capacity - place < rows ? capacity - place : rows;
+    const int widths[2] = {int(q_width), int(kv_width)}, places = capacity;
+    const Outputs to{out, out_n, keys, values, cos, sin, widths[0], widths[1], place, places};
+    const int most = EPILOGUE == ROTATED && places - place < rows ? places - place : rows;
     RingCursor<STAGES> at;
     float sums[WIDTH / 2];
     for (int index = tiles.begin; index < tiles.count; index += tiles.stride) {
       const Tile tile = tiles.at(index);
+      if (tile.last <= tile.first) wait_for_kernel_before();  // which may read what is written
       multiply(sums, ring, at, warp / 4, tile.last - tile.first);
       if (ONE_TILE) named_barrier(1, 128 * GROUPS);
       const int row = tile.row + warp * 16;

@@ -182,10 +182,9 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   }
 }
 
-// GELU(gate) · 2 up, by √(2/π) · (gate + 0.044715 gate³).
+// GELU(gate) · 2 up.
 __device__ __forceinline__ float gated(float gate, float up) {
-  const float u = gate * fmaf(0.0356774081f * gate, gate, 0.7978845608f);
-  const float product = gate * up;
+  const float u = gelu_argument(gate), product = gate * up;
   return fmaf(product, tanh_fast(u), product);
 }
 
