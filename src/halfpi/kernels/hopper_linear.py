@@ -21,9 +21,10 @@ from halfpi.kernels.tile import TileLaunch
 
 LINE_BYTES = 128  # of a row of operands, that a copy brings
 GROUP_ROWS = 64  # of a group of 128 threads
+COLUMNS = 16  # of which the width of a tile is a multiple
 WIDEST = {1: 256, 2: 256, 3: 192}  # columns of a tile, by groups that share a multiprocessor
 _CROWDED = 3  # groups, beside which the warp that copies must be a group, too
-_ALIGNED_BYTES = 16  # of rows that are copied
+ALIGNED_BYTES = 16  # of rows that are copied
 # What follows the product, as in `cuda/epilogue.cuh`.
 _PLAIN, _GATED, _ROTATED = range(3)
 
@@ -101,8 +102,8 @@ def hopper_linear(
     for name, tensor in (("x", x), ("weight", weight), *(("out", one) for one in results)):
         if tensor is not None:
             _check_rows(name, tensor)
-    if (launch.block_n // 2 if gated else launch.block_n) * last.itemsize % _ALIGNED_BYTES:
-        raise ValueError(f"tiles must have rows of whole {_ALIGNED_BYTES} bytes, got {launch}")
+    if (launch.block_n // 2 if gated else launch.block_n) * last.itemsize % ALIGNED_BYTES:
+        raise ValueError(f"tiles must have rows of whole {ALIGNED_BYTES} bytes, got {launch}")
     what = Variant(
         dtype=x.dtype,
         out_dtype=last.dtype,
@@ -127,10 +128,10 @@ def hopper_linear(
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:
-    whole = tensor.shape[-1] * tensor.itemsize % _ALIGNED_BYTES == 0 and tensor.is_contiguous()
+    whole = tensor.shape[-1] * tensor.itemsize % ALIGNED_BYTES == 0 and tensor.is_contiguous()
     if not whole or tensor.dtype not in (torch.bfloat16, FP8):
         raise ValueError(
-            f"{name} must be bfloat16 or E4M3 in rows of whole {_ALIGNED_BYTES} bytes one behind "
+            f"{name} must be bfloat16 or E4M3 in rows of whole {ALIGNED_BYTES} bytes one behind "
             f"another, got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
 

@@ -99,8 +99,8 @@ def hopper_launches(
     gated; of each, more and fewer steps ahead.
     """
     itemsize, out_itemsize = itemsizes
-    columns = n // 2 if gated else n
-    aligned = not (k * itemsize % _LIBRARY_ALIGN or columns * out_itemsize % _LIBRARY_ALIGN)
+    row_bytes = (k * itemsize, (n // 2 if gated else n) * out_itemsize)
+    aligned = all(each % hopper_linear.ALIGNED_BYTES == 0 for each in row_bytes)
     if device.capability != 90 or not is_available() or not aligned or m <= FEW_ROWS:
         return ()
     most = _FAST_SUM if len(splits) == 1 else _FAST_PART
@@ -108,9 +108,7 @@ def hopper_launches(
         tile
         for split_k in splits
         if itemsize > 1 or k <= split_k * most
-        for tile in _hopper_tiles(
-            m, n, device, split_k, _LIBRARY_ALIGN * (2 if gated else 1), gated
-        )
+        for tile in _hopper_tiles(m, n, device, split_k, gated=gated)
     )
     launches = (
         dataclasses.replace(tile, block_k=_LINE_BYTES // itemsize, num_stages=stages, pdl=True)
@@ -126,8 +124,9 @@ def hopper_launches(
 
 
 def _hopper_tiles(
-    m: int, n: int, device: Device, split_k: int, step: int, gated: bool
+    m: int, n: int, device: Device, split_k: int, *, gated: bool
 ) -> Iterator[TileLaunch]:
+    step = hopper_linear.COLUMNS * (2 if gated else 1)
     for groups, widest in hopper_linear.WIDEST.items():
         block_m = groups * hopper_linear.GROUP_ROWS
         rows = math.ceil(m / block_m)
