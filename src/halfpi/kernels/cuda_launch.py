@@ -47,7 +47,7 @@ def tensor_map(rows: Tensor, box: tuple[int, int]) -> object:
     """Describes `rows` (m, n) of 8 or 16 bits, of which a copy brings `box` rows and columns.
 
     Columns are a line of 32 or 128 bytes, whose chunks of 16 bytes change places (`Swizzled` in
-    cuda/hopper.cuh).
+    cuda/wgmma.cuh).
     """
     from cuda.core._tensor_map import TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView

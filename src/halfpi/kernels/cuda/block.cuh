@@ -1,6 +1,7 @@
 // What the parts of the kernel share: constants, arguments, and a thread's view of its block.
 #pragma once
 #include "exchange.cuh"
+#include "wgmma.cuh"
 
 using namespace exchange;
 

@@ -1,7 +1,7 @@
 // A linear layer, x (m, k) · weight (n, k)ᵀ, and what follows it. The blocks of a cluster have rows
 // below each other and the same columns, of whose weights each brings its part for all.
 #include "epilogue.cuh"
-#include "wide.cuh"
+#include "wgmma.cuh"
 
 namespace {
 
@@ -10,6 +10,7 @@ using namespace hopper;
 // Three groups need more registers than an even share, so those that fill the ring are a group, too.
 constexpr bool CROWDED = GROUPS > 2;
 constexpr int THREADS = 128 * GROUPS + (CROWDED ? 128 : 32), ROWS = 64 * GROUPS;
+using Format = conditional<FP8, E4m3, Bf16>::type;
 constexpr int LINE = 128, STEP = FP8 ? LINE : LINE / 2;  // bytes and numbers along K
 constexpr int X_BYTES = ROWS * LINE, W_BYTES = WIDTH * LINE, STAGE = X_BYTES + W_BYTES;
 constexpr int PART = WIDTH / PEERS, PART_BYTES = W_BYTES / PEERS;  // columns that a block brings
@@ -129,7 +130,7 @@ __device__ __forceinline__ void multiply(float (&sums)[WIDTH / 2], const Ring& r
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < LINE; k += 32) {
-      Wide<WIDTH, FP8>::mma(sums, rows.at(k), weights.at(k));
+      Format::mma(sums, rows.at(k), weights.at(k));
     }
     wgmma_commit();
     wgmma_wait<1>();

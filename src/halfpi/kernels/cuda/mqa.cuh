@@ -1,6 +1,7 @@
 // What both kernels of multi-query attention agree on.
 #pragma once
 #include "softmax.cuh"
+#include "wgmma.cuh"
 
 namespace {
 

@@ -1,5 +1,6 @@
 // Attention of SigLIP: a block has 128 of an image's 256 queries of a head, and all of its keys.
 #include "softmax.cuh"
+#include "wgmma.cuh"
 
 namespace {
 
