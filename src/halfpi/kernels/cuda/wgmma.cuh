@@ -98,8 +98,8 @@ using Swizzled = SwizzledLines<128>;
 #define NAMES_128 NAMES_120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 #define NAMES_20 NAMES_16 ",%16,%17,%18,%19"
 
-// Of `columns` columns, of which a thread has n sums; b is n + 1. a: where the operand A is, a descriptor in
-// shared memory or four registers.
+// Of `columns` columns, of which a thread has n sums. Operands of assembly are counted: A is one, in shared
+// memory, or four, in registers, and B, number b, is the last.
 #define PRODUCT(name, columns, shape, n, b, flags)                                                  \
   __device__ static __forceinline__ void name(float (&d)[n], u64 x, u64 y) {                        \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns shape " {" NAMES_##n "}, %" #n ", %" #b \
