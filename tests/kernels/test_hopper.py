@@ -13,17 +13,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from halfpi.kernels import hopper_norm, specs, tuned
+from tests.kernels.conftest import checked_twice
+
+from halfpi.kernels import hopper_norm, tuned
 from halfpi.kernels.cuda_source import is_available, ptx, report
 from halfpi.kernels.hopper_linear import Variant, hopper_linear, shared_bytes
 from halfpi.kernels.hopper_norm import hopper_norm as norm
 from halfpi.kernels.launches import hopper_launches
-from halfpi.kernels.spec import FP8, Case, Device, Launch, error_ratio
+from halfpi.kernels.spec import FP8, Case, Device, Launch
 from halfpi.kernels.tile import TileLaunch
 
 BF16 = torch.bfloat16
 HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
-CUDA = torch.device("cuda")
 needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -208,7 +209,7 @@ def test_error_rule_and_equal_bits(
 ) -> None:
     quantises = dtype == FP8 and kernel in ("geglu", "linear")
     case = Case(kernel, sizes, dtype, FP8 if quantises else BF16)
-    check(kernel, case, hopper(*tile, dtype, **knobs))
+    checked_twice(kernel, case, hopper(*tile, dtype, **knobs))
 
 
 @pytest.mark.gpu
@@ -222,7 +223,9 @@ def test_norms_of_any_size(
 ) -> None:
     valid = m if splits else (m + 1) // 2  # with splits x is written, and what it was not stays
     sizes = {"m": m, "d": d, "valid": valid, "splits": splits}
-    check(kernel, Case(kernel, sizes, out_dtype=out_dtype), Launch(pdl=True, kernel="hopper"))
+    checked_twice(
+        kernel, Case(kernel, sizes, out_dtype=out_dtype), Launch(pdl=True, kernel="hopper")
+    )
 
 
 @pytest.mark.gpu
@@ -230,19 +233,4 @@ def test_norms_of_any_size(
 @pytest.mark.parametrize("kernel", ["layer_norm", "rms_norm"])
 def test_a_count_of_more_rows_than_there_are(kernel: str) -> None:
     case = Case(kernel, {"m": 50, "d": 72, "valid": 400, "splits": 2})
-    check(kernel, case, Launch(pdl=True, kernel="hopper"))
-
-
-def check(kernel: str, case: Case, launch: Launch) -> None:
-    outputs = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        problem = specs()[kernel].problem(case, launch, CUDA)
-        problem.run()
-        assert error_ratio(problem) <= 2
-        outputs.append(problem.outputs)
-    for one, other in zip(*outputs, strict=True):
-        bits, same = (output.written(output.tensor.view(torch.uint8)) for output in (one, other))
-        assert torch.equal(bits, same)
-        if one.valid is not None:
-            assert one.tensor[~one.valid.to(CUDA)].float().isnan().all()
+    checked_twice(kernel, case, Launch(pdl=True, kernel="hopper"))

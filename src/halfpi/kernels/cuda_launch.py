@@ -89,9 +89,6 @@ def load(
 
 
 @functools.cache
-def load_once(
-    name: str, threads: int, shared_bytes: int, device: torch.device, *, quantises: bool
-) -> CudaKernel:
-    """A kernel that is dependent, and whose output is E4M3 if it `quantises`."""
-    defines = {"FP8": int(quantises), "SHARED_BYTES": shared_bytes}
+def load_once(name: str, device: torch.device, threads: int, **defines: float) -> CudaKernel:
+    """As `load`, of a kernel that is dependent; the same one for all who ask for the same."""
     return load(name, defines, device, threads, dependent=True)

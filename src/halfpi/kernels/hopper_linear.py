@@ -8,14 +8,13 @@ next product's to the L2. Blocks of a cluster may share the weights of a tile. T
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halfpi.kernels.cuda_launch import CudaKernel, load, tensor_map
+from halfpi.kernels.cuda_launch import load_once, tensor_map
 from halfpi.kernels.spec import FP8
 from halfpi.kernels.tile import TileLaunch
 
@@ -112,7 +111,9 @@ def hopper_linear(
         gated=gated,
         head=0 if rotated is None else rotated.keys.shape[-1],
     )
-    kernel = _kernel(launch, what, x.device)
+    groups = launch.block_m // GROUP_ROWS
+    threads = 128 * groups + (128 if groups >= _CROWDED else 32)
+    kernel = load_once("linear", x.device, threads, **what.defines(launch))
     columns = LINE_BYTES // x.itemsize
     maps = (
         tensor_map(x, (launch.block_m, columns)),
@@ -153,10 +154,3 @@ def shared_bytes(launch: TileLaunch, out_itemsize: int, *, bias: bool, gated: bo
     staged = launch.block_m * (width * out_itemsize + 16)
     tiles = ring + staged if launch.programs else max(ring, staged)
     return tiles + bias * launch.block_n * 4 + launch.num_stages * 16
-
-
-@functools.cache
-def _kernel(launch: TileLaunch, what: Variant, device: torch.device) -> CudaKernel:
-    groups = launch.block_m // GROUP_ROWS
-    threads = 128 * groups + (128 if groups >= _CROWDED else 32)
-    return load("linear", what.defines(launch), device, threads, dependent=True)

@@ -7,13 +7,12 @@ time (extra `hopper`).
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from halfpi.kernels.cuda_launch import CudaKernel, load
+from halfpi.kernels.cuda_launch import load_once
 from halfpi.kernels.cuda_source import is_available
 from halfpi.kernels.spec import FP8, Case, Device, Launch, row_launches
 
@@ -57,18 +56,14 @@ def hopper_norm(
                 f"{name} must be bfloat16 with rows of at most {_MOST_NUMBERS} numbers, a multiple "
                 f"of {_CHUNK}, got {d} of {tensor.dtype}"
             )
-    rows = min(math.ceil(m / _multiprocessors(x.device)), _MOST_ROWS)
+    rows = min(math.ceil(m / Device.of(x.device).multiprocessors), _MOST_ROWS)
     splits = 0 if partials is None else partials.shape[0]
-    kernel = _kernel(d, splits, rows, eps, out.dtype, bias is not None, x.device)
+    macros = defines(d, splits, rows, eps, out.dtype, layer=bias is not None)
+    kernel = load_once("row_norm", x.device, 32 * rows, **macros)
     kernel(
         (math.ceil(m / rows),),
         x, weight, bias, partials, alpha, partials_bias, out, scale, count, m,
     )  # fmt: skip
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def defines(
@@ -84,12 +79,3 @@ def defines(
         "EPSILON": eps,
         "SHARED_BYTES": (1 + layer) * d * 4,
     }
-
-
-@functools.cache
-def _kernel(
-    d: int, splits: int, rows: int, eps: float, out_dtype: torch.dtype, layer: bool,
-    device: torch.device,
-) -> CudaKernel:  # fmt: skip
-    macros = defines(d, splits, rows, eps, out_dtype, layer=layer)
-    return load("row_norm", macros, device, 32 * rows, dependent=True)

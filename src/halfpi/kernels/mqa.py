@@ -77,8 +77,9 @@ def mqa(
         for tensor, rows in ((query, sizes.rows), (keys, sizes.tile), (values, sizes.tile))
     )
     kernel = load_once(
-        name, sizes.threads, sizes.shared_bytes, query.device, quantises=out.dtype == FP8
-    )
+        name, query.device, sizes.threads,
+        FP8=int(out.dtype == FP8), SHARED_BYTES=sizes.shared_bytes,
+    )  # fmt: skip
     kernel(
         (sizes.peers, math.ceil(t * q / sizes.rows), b), *maps, out, scale, key_count, query_count,
         keys.shape[1], t * q, q,

@@ -50,8 +50,9 @@ def siglip_attention(
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
     kernel = load_once(
-        "siglip_attention", 2 * _ROWS, SHARED_BYTES, query.device, quantises=out.dtype == FP8
-    )
+        "siglip_attention", query.device, 2 * _ROWS,
+        FP8=int(out.dtype == FP8), SHARED_BYTES=SHARED_BYTES,
+    )  # fmt: skip
     stride = query.stride(1) * query.itemsize
     maps = _tensor_maps(keys) + _tensor_maps(values)
     kernel((TOKENS // _ROWS, q, b), query, stride, *maps, bias, out, scale)

@@ -42,7 +42,7 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       for (int g = 0; g < GROUPS; ++g) top[i] = fmaxf(top[i], taken(b, HIGHEST, g, b.row + 8 * i));
-      base[i] = top[i] == -infinity() ? 0.0f : top[i] * LOGIT_SCALE;
+      base[i] = base_of(top[i], LOGIT_SCALE);
       if (tile) shrink(average, total, i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top[i];
     }

@@ -317,6 +317,19 @@ __device__ __forceinline__ bool elected() {
 // The same for all threads of a warp, which the compiler then knows.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
+__device__ __forceinline__ float sum_over_warp(float v) {
+#pragma unroll
+  for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+  return v;
+}
+
+// How many of `capacity` are valid: those that `count` says at `index`, `each` of what it counts, or all
+// without it.
+__device__ __forceinline__ int valid_count(const int* count, int index, long long capacity,
+                                           int each = 1) {
+  return count && count[index] * each < capacity ? count[index] * each : int(capacity);
+}
+
 // ---- number formats; the first argument ends up at the lower address
 
 __device__ __forceinline__ u32 pack_bf16(float a, float b) {
@@ -364,6 +377,17 @@ __device__ __forceinline__ void store_pair(u32 to, float even, float odd) {
     store_shared(to, pack_e4m3(even, odd));
   } else {
     store_shared(to, pack_bf16(even, odd));
+  }
+}
+
+// A chunk of eight of a row of outputs; E4M3 has it times `factor`.
+template <bool E4M3>
+__device__ __forceinline__ void store_eight(char* row, int chunk, const float (&v)[8],
+                                            float factor) {
+  if constexpr (E4M3) {
+    reinterpret_cast<uint2*>(row)[chunk] = eight_e4m3(v, factor);
+  } else {
+    reinterpret_cast<uint4*>(row)[chunk] = eight_bf16(v);
   }
 }
 

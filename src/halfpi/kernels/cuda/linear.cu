@@ -163,7 +163,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
   extern __shared__ __align__(1024) char memory[];
   const Ring ring{shared_address(memory)};
   const int thread = threadIdx.x, warp = uniform(thread / 32);
-  const int rows = valid && *valid < m ? *valid : int(m), place = offset ? *offset : 0;
+  const int rows = valid_count(valid, 0, m), place = offset ? *offset : 0;
   const Tiles tiles(rows, n, k, splits);
 
   launch_dependents();
@@ -191,9 +191,9 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
     if (CROWDED) more_registers<160>();
     const Warp epilogue{ring.shared + STAGED + warp * 16 * PITCH, thread % 32, columns};
     const int out_n = EPILOGUE == GATED ? n / 2 : n;
-    const int widths[2] = {int(q_width), int(kv_width)}, places = capacity;
-    const Outputs to{out, out_n, keys, values, cos, sin, widths[0], widths[1], place, places};
-    const int most = EPILOGUE == ROTATED && places - place < rows ? places - place : rows;
+    const Outputs to{out, out_n, keys, values, cos, sin, int(q_width), int(kv_width), place,
+                     int(capacity)};
+    const int most = EPILOGUE == ROTATED && to.places - place < rows ? to.places - place : rows;
     RingCursor<STAGES> at;
     float sums[WIDTH / 2];
     for (int index = tiles.begin; index < tiles.count; index += tiles.stride) {

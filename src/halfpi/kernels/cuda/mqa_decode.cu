@@ -19,22 +19,10 @@ constexpr int KEYS_FULL = LOG_SUMS + PEERS * ROWS * 4, VALUES_FULL = KEYS_FULL +
 constexpr int AVERAGES_FULL = VALUES_FULL + 8 * LINES;
 static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
 
-struct Block {
-  char* memory;
-  u32 shared, rank;
-  int thread, group, warp, lane;  // warp of the group
-  int row;                        // of a thread's two the first: the other is 8 on
+struct Block : Place {
+  int row = 16 * warp + lane / 4;  // of a thread's two the first: the other is 8 on
 
-  __device__ __forceinline__ explicit Block(char* memory)
-      : memory(memory), shared(shared_address(memory)), rank(cluster_rank()),
-        thread(threadIdx.x), group(uniform(thread / 128)), warp(uniform(thread / 32 % 4)),
-        lane(thread % 32), row(16 * warp + lane / 4) {}
-  __device__ __forceinline__ float* floats(int at) const {
-    return reinterpret_cast<float*>(memory + at);
-  }
-  __device__ __forceinline__ void wait_for(int barrier, u32 parity) const {
-    wait(shared + barrier, parity);
-  }
+  using Place::Place;
   // By one thread: of a tile of keys, with the queries if it is the first, or of values.
   __device__ __forceinline__ void copy_keys(const TensorMap& keys, int key,
                                             const TensorMap* queries, int row) const {
@@ -99,7 +87,7 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float top = fmaxf(b.taken(HIGHEST, 0, i), b.taken(HIGHEST, 1, i));
-      base[i] = top == -infinity() ? 0.0f : top * LOGIT_SCALE;
+      base[i] = base_of(top, LOGIT_SCALE);
       shrink(average, total, i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
       highest[i] = top;
     }
@@ -175,12 +163,7 @@ __device__ __forceinline__ void merge(const Block& b, char* out, int rows, float
                      PIECE, sum);
   const int line = PARTS * (b.rank / 4) + chunk / 2;
   const int column = line * LINE + b.rank % 4 * 16 + chunk % 2 * 8;
-  char* to = out + (long(row) * HEAD + column) * BYTES;
-  if constexpr (FP8) {
-    *reinterpret_cast<uint2*>(to) = eight_e4m3(sum, scale);
-  } else {
-    *reinterpret_cast<uint4*>(to) = eight_bf16(sum);
-  }
+  store_eight<FP8>(out + (long(row) * HEAD + column) * BYTES, 0, sum, scale);
 }
 
 }  // namespace

@@ -22,18 +22,9 @@ static_assert(2 * HALF_BYTES * 4 * GROUPS == LINES * QUERY_LINE, "all of it");
 
 using Cursor = RingCursor<SLOTS>;
 
-struct Block {
-  char* memory;
-  u32 shared, rank;
-  int group, warp, lane;  // warp of the group
+struct Block : Place {
+  using Place::Place;
 
-  __device__ __forceinline__ explicit Block(char* memory)
-      : memory(memory), shared(shared_address(memory)), rank(cluster_rank()),
-        group(uniform(threadIdx.x / 128)), warp(uniform(threadIdx.x / 32 % 4)),
-        lane(threadIdx.x % 32) {}
-  __device__ __forceinline__ void wait_for(int barrier, u32 parity) const {
-    wait(shared + barrier, parity);
-  }
   __device__ __forceinline__ u32 unit(const Cursor& at) const {
     return shared + RING + at.slot * UNIT;
   }
@@ -111,7 +102,7 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       top[i] = over_quad(top[i], true);
-      base[i] = top[i] == -infinity() ? 0.0f : top[i] * LOGIT_SCALE;
+      base[i] = base_of(top[i], LOGIT_SCALE);
       shrink[i] = exp2_fast(highest[i] * LOGIT_SCALE - base[i]);
       highest[i] = top[i];
       total[i] *= shrink[i];
@@ -163,7 +154,7 @@ struct Attention {
       store_shared(b.given() + (i / 8 * 32 + b.lane) * 16,
                    make_uint4(words[0], words[1], words[2], words[3]));
     }
-    float* log_sums = reinterpret_cast<float*>(b.memory + LOG_SUM) + b.row() + b.lane / 4;
+    float* log_sums = b.floats(LOG_SUM) + b.row() + b.lane / 4;
     if (b.lane % 4 == 0) log_sums[0] = log_sum(0), log_sums[8] = log_sum(1);
     fence_async_proxy();
     __syncwarp();
@@ -176,8 +167,7 @@ struct Attention {
   // The half from FIRST on, with what the other block sent.
   template <int FIRST>
   __device__ __forceinline__ void merge(const Block& b, float scale) {
-    const float* others = reinterpret_cast<const float*>(b.memory + PEERS_LOG_SUM) + b.row() +
-                          b.lane / 4;
+    const float* others = b.floats(PEERS_LOG_SUM) + b.row() + b.lane / 4;
     float own[2], other[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

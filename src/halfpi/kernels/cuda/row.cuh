@@ -134,8 +134,7 @@ struct Row {
     for (int i = 0; i < WORDS; ++i) {
       square += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
     }
-#pragma unroll
-    for (int i = 16; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    square = sum_over_warp(square);
     if (thread % 32 == 0) squares[thread / 32] = square;
     together();
     float total = 0.0f;
@@ -199,8 +198,7 @@ struct Row {
         dot += hidden[j].x * w[j].x + hidden[j].y * w[j].y + hidden[j].z * w[j].z +
                hidden[j].w * w[j].w;
       }
-#pragma unroll
-      for (int j = 16; j; j /= 2) dot += __shfl_xor_sync(~0u, dot, j);
+      dot = sum_over_warp(dot);
       if (thread % 32 == 0 && moves) {
         float velocity = dot + a.bias_out[i], time = 1.0f - step * (1.0f / STEPS);
         float weight = a.weights[index], error = 0.0f;

@@ -69,9 +69,7 @@ struct Row {
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum += term(v[i][j]);
     }
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    return sum * (1.0f / D);
+    return sum_over_warp(sum) * (1.0f / D);
   }
 };
 
@@ -95,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(16) char memory[];
   const Columns gains{reinterpret_cast<float4*>(memory)};
   const Columns biases{gains.quads + D / 4};
-  const int rows = valid && *valid < m ? *valid : int(m), row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+  const int rows = valid_count(valid, 0, m), row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
 
   launch_dependents();
   gains.copy(weight);
@@ -134,10 +132,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (LAYER) biases.load(chunk(i), more);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = fmaf((sum.v[i][j] - mean) * inverse, gain[j], more[j]);
-    if constexpr (OUT_FP8) {
-      reinterpret_cast<uint2*>(out + long(row) * D)[chunk(i)] = eight_e4m3(v, factor);
-    } else {
-      reinterpret_cast<uint4*>(out + long(row) * D * 2)[chunk(i)] = eight_bf16(v);
-    }
+    store_eight<OUT_FP8>(out + long(row) * D * (OUT_FP8 ? 1 : 2), chunk(i), v, factor);
   }
 }

@@ -30,6 +30,11 @@ __device__ __forceinline__ float over_quad(float v, bool maximum) {
   return v;
 }
 
+// What logits times `scale` are less, before they become weights; a row without keys has no highest.
+__device__ __forceinline__ float base_of(float highest, float scale) {
+  return highest == -infinity() ? 0.0f : highest * scale;
+}
+
 // Weights of N logits of a thread, times `scale` less the `base` of their row, as bf16, and into
 // `total`.
 template <int N>
