@@ -77,9 +77,11 @@ def test_triton_serves_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # Tokens, keys, and how many are missing in the second of two sequences: one row, fewer keys than
-# blocks, tiles that end anywhere, more keys than a block has at a time.
+# blocks, tiles that end anywhere, more keys than a block has at a time, counts of more than there
+# are.
 RAGGED = [(1, 5, 0), (3, 8, 2), (17, 129, 0), (120, 4000, 77)]
 RAGGED += [(121, 3, 1), (200, 70, 60), (300, 2000, 11), (968, 968, 300)]
+RAGGED += [(100, 70, -60), (121, 70, -60)]
 
 
 @pytest.mark.gpu

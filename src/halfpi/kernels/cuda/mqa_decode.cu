@@ -180,8 +180,8 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   const int sequence = blockIdx.z, first_row = blockIdx.y * ROWS;
 
   launch_dependents();
-  const int key_total = key_count ? key_count[sequence] : capacity;
-  const int valid_rows = (query_count ? query_count[sequence] * heads : rows) - first_row;
+  const int key_total = valid_count(key_count, sequence, capacity);
+  const int valid_rows = valid_count(query_count, sequence, rows, heads) - first_row;
   const float inverse_scale = FP8 ? reciprocal(*scale) : 1.0f;
   if (b.thread == 0) {
     prefetch_map(queries), prefetch_map(keys), prefetch_map(values);
