@@ -22,7 +22,7 @@ LINE_BYTES = 128  # of a row of operands, that a copy brings
 GROUP_ROWS = 64  # of a group of 128 threads
 COLUMNS = 16  # of which the width of a tile is a multiple
 WIDEST = {1: 256, 2: 256, 3: 192}  # columns of a tile, by groups that share a multiprocessor
-_CROWDED = 3  # groups, beside which the warp that copies must be a group, too
+_CROWDED = 3  # groups, of which the shares of registers are too small
 ALIGNED_BYTES = 16  # of rows that are copied
 # What follows the product, as in `cuda/epilogue.cuh`.
 _PLAIN, _GATED, _ROTATED = range(3)
@@ -50,6 +50,15 @@ class Variant:
     gated: bool = False
     head: int = 0
 
+    def held(self, launch: TileLaunch) -> bool:
+        """Whether a tile is finished during the next one's products; registers are for two groups."""
+        return bool(launch.programs) and self.gated and launch.block_m == 2 * GROUP_ROWS
+
+    def threads(self, launch: TileLaunch) -> int:
+        """Of a block: its groups, and a warp that copies, or a group that leaves them registers."""
+        groups = launch.block_m // GROUP_ROWS
+        return 128 * groups + (128 if groups >= _CROWDED or self.held(launch) else 32)
+
     def defines(self, launch: TileLaunch) -> dict[str, int]:
         """The macros of `cuda/linear.cu`."""
         return {
@@ -60,6 +69,8 @@ class Variant:
             "STAGES": launch.num_stages,
             "PEERS": launch.peers,
             "ONE_TILE": int(not launch.programs),
+            "HELD": int(self.held(launch)),
+            "THREADS": self.threads(launch),
             "EPILOGUE": _GATED if self.gated else _ROTATED if self.head else _PLAIN,
             "BIAS": self.bias_bytes,
             "GELU": int(self.gelu),
@@ -111,9 +122,7 @@ def hopper_linear(
         gated=gated,
         head=0 if rotated is None else rotated.keys.shape[-1],
     )
-    groups = launch.block_m // GROUP_ROWS
-    threads = 128 * groups + (128 if groups >= _CROWDED else 32)
-    kernel = load_once("linear", x.device, threads, **what.defines(launch))
+    kernel = load_once("linear", x.device, what.threads(launch), **what.defines(launch))
     columns = LINE_BYTES // x.itemsize
     maps = (
         tensor_map(x, (launch.block_m, columns)),

@@ -44,13 +44,13 @@ struct Warp {
   int lane;
   const float* bias;
 
-  // Of eight sums from `i` on, which are two chunks of eight columns in two rows.
-  __device__ __forceinline__ void finish(const float* sums, int i, int row, int column,
+  // Of the eight sums from the i-th on, which are two chunks of eight columns in two rows.
+  __device__ __forceinline__ void finish(const float* eight, int i, int row, int column,
                                          const Outputs& to, float alpha, float factor,
                                          float (&out)[8]) const {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {  // chunk, row, column
-      float even = sums[i + j] * alpha, odd = sums[i + j + 1] * alpha;
+      float even = eight[j] * alpha, odd = eight[j + 1] * alpha;
       const int in_tile = 2 * i + j / 4 * 8 + lane % 4 * 2;
       if constexpr (EPILOGUE == GATED) {
         out[j / 2] = gelu(even) * odd * factor;
@@ -98,7 +98,7 @@ struct Warp {
     finish(sums, 0, row, column, to, alpha, factor, now);
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; i += 8) {
-      if (i + 8 < WIDTH / 2) finish(sums, i + 8, row, column, to, alpha, factor, next);
+      if (i + 8 < WIDTH / 2) finish(sums + i + 8, i + 8, row, column, to, alpha, factor, next);
       store(now, i);
 #pragma unroll
       for (int j = 0; j < 8; ++j) now[j] = next[j];

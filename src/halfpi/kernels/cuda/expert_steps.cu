@@ -70,7 +70,10 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   b.prefix = uniform(*prefix_count);
   b.decided = uniform(*decided);
 
-  if (b.thread == 0) init_barriers(b.shared);
+  if (b.thread == 0) {
+    init_barriers(b.shared);
+    if (b.index >= BLOCKS) fetch_tables(b, a);
+  }
   if (b.index == 0 && b.thread < COUNTERS) *place(counters, b.thread) = 0;
   if (b.thread < CONSUMERS) lay_out_cache(a, b);
   if (b.thread < 64 && b.index < BLOCKS) blank_recent(b, b.warp);

@@ -206,27 +206,39 @@ __device__ __forceinline__ void share_pieces(const Block& b) {
 }
 
 // Keys and values of the prefix as units of the ring, behind a split's keys zeros. A warp moves
-// four chunks of eight keys.
+// pieces of four chunks of eight keys, several at a time.
 __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
+  constexpr int AT_A_TIME = 8;
   const int tiles = key_tiles(b.prefix), warps = gridDim.x * CONSUMERS / 32;
   const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
-#pragma unroll 4
-  for (int i = b.index * (CONSUMERS / 32) + b.thread / 32; i < pieces; i += warps) {
-    int key = i % 16 * 8 + b.lane % 8, chunk = i / 16 % 8 * 4 + b.lane / 8, tile = i / 128;
-    const char* from = tile % 2 ? a.values : a.keys;
-    const int rank = tile / 2 / tiles % PEERS;
+  const auto key = [&](int piece) { return piece % 16 * 8 + b.lane % 8; };
+  const auto chunk = [&](int piece) { return piece / 16 % 8 * 4 + b.lane / 8; };
+  const auto load = [&](int piece) {
+    const int tile = piece / 128, rank = tile / 2 / tiles % PEERS;
+    const long layer = tile / 2 / tiles / PEERS;
     const Split split(rank, b.prefix);
-    long layer = tile / 2 / tiles / PEERS;
-    int place = tile / 2 % tiles * TILE + key;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (place < split.keys) {
-      long row = layer * a.capacity + split.first + place;
-      // Of keys, the dimensions of which the block has queries come first (product.cuh).
-      const int first = own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
-      const int which = tile % 2 ? value_chunk(chunk) : (chunk + first) % (HEAD / 8);
-      v = *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);
+    const int place = tile / 2 % tiles * TILE + key(piece);
+    if (piece >= pieces || place >= split.keys) return make_uint4(0, 0, 0, 0);
+    // Of keys, the dimensions of which the block has queries come first (product.cuh).
+    const int first = own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
+    const int which =
+        tile % 2 ? value_chunk(chunk(piece)) : (chunk(piece) + first) % (HEAD / 8);
+    const char* from = tile % 2 ? a.values : a.keys;
+    const long row = layer * a.capacity + split.first + place;
+    return *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);
+  };
+#pragma unroll 1
+  for (int i = b.index * (CONSUMERS / 32) + b.thread / 32; i < pieces; i += AT_A_TIME * warps) {
+    uint4 v[AT_A_TIME];
+#pragma unroll
+    for (int j = 0; j < AT_A_TIME; ++j) v[j] = load(i + j * warps);
+#pragma unroll
+    for (int j = 0; j < AT_A_TIME; ++j) {
+      const int piece = i + j * warps;
+      if (piece >= pieces) break;
+      char* to = a.cache + piece / 128 * (TILE * HEAD * 2l);
+      *reinterpret_cast<uint4*>(to + (chunk(piece) * TILE + key(piece)) * 16) = v[j];
     }
-    *reinterpret_cast<uint4*>(a.cache + tile * (TILE * HEAD * 2l) + (chunk * TILE + key) * 16) = v;
   }
 }
 

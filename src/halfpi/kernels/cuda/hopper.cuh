@@ -274,6 +274,18 @@ __device__ __forceinline__ Word load_word(const void* from) {
   return Word::of(v);
 }
 
+// Again, into the same registers, unless `loaded`. The compiler would load into others, and wait for
+// each before the next.
+__device__ __forceinline__ void load_word_unless(bool loaded, u64& word, const void* from) {
+  asm volatile(
+      "{\n.reg .pred missing;\n"
+      "setp.eq.u32 missing, %2, 0;\n"
+      "@missing ld.relaxed.gpu.global.b64 %0, [%1];\n}"
+      : "+l"(word)
+      : "l"(from), "r"(static_cast<u32>(loaded))
+      : "memory");
+}
+
 // A constant, loaded here and not where it is used.
 __device__ __forceinline__ float load_early(const float* from) {
   float v;

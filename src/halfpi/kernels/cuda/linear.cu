@@ -7,9 +7,12 @@ namespace {
 
 using namespace hopper;
 
-// Three groups need more registers than an even share, so those that fill the ring are a group, too.
-constexpr bool CROWDED = GROUPS > 2;
-constexpr int THREADS = 128 * GROUPS + (CROWDED ? 128 : 32), ROWS = 64 * GROUPS;
+// Groups that need more registers than an even share have a group beside them that fills the ring.
+constexpr bool CROWDED = THREADS > 128 * GROUPS + 32;
+constexpr int FILLS = GROUPS > 2 ? 32 : 24, MULTIPLIES = GROUPS > 2 ? 160 : 240;  // registers of a thread
+// Parts in which the tile before is finished, if it is HELD, while the tensor cores have the next.
+constexpr int PARTS = HELD ? WIDTH / 32 : 1, ROWS = 64 * GROUPS;
+static_assert(!HELD || EPILOGUE == GATED, "what else follows a product wants sums that are not rounded");
 using Format = conditional<FP8, E4m3, Bf16>::type;
 constexpr int LINE = 128, STEP = FP8 ? LINE : LINE / 2;  // bytes and numbers along K
 constexpr int X_BYTES = ROWS * LINE, W_BYTES = WIDTH * LINE, STAGE = X_BYTES + W_BYTES;
@@ -116,32 +119,70 @@ __device__ __forceinline__ void fill(const Ring& ring, const TensorMap& x, const
   }
 }
 
-// Sums of `steps` steps, by a group of 128 threads.
+// Sums of `steps` steps, by a group of 128 threads, which does parts of something else meanwhile.
+template <class Part>
 __device__ __forceinline__ void multiply(float (&sums)[WIDTH / 2], const Ring& ring,
-                                         RingCursor<STAGES>& at, int group, int steps) {
+                                         RingCursor<STAGES>& at, int group, int steps,
+                                         const Part& part_of_other) {
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0.0f;
-  int before = -1;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const Swizzled rows(ring.x(at.slot) + group * 64 * LINE), weights(ring.weights(at.slot));
-    wait(ring.full(at.slot), at.parity);
-    settle(sums);
-    wgmma_fence();
+  int before = -1, step = 0;
 #pragma unroll
-    for (int k = 0; k < LINE; k += 32) {
-      Format::mma(sums, rows.at(k), weights.at(k));
+  for (int part = 0; part < PARTS; ++part) {
+    const int end = (part + 1) * steps / PARTS;
+#pragma unroll 1
+    for (; step < end; ++step) {
+      const Swizzled rows(ring.x(at.slot) + group * 64 * LINE), weights(ring.weights(at.slot));
+      wait(ring.full(at.slot), at.parity);
+      settle(sums);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < LINE; k += 32) {
+        Format::mma(sums, rows.at(k), weights.at(k));
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (before >= 0) ring.release(before);
+      before = at.slot;
+      at.advance();
     }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (before >= 0) ring.release(before);
-    before = at.slot;
-    at.advance();
+    part_of_other(part);
   }
   wgmma_wait<0>();
   settle(sums);
   if (before >= 0) ring.release(before);
 }
+
+// A warp's sums of a tile, gate and up, rounded, until they are finished; of `rows` rows.
+struct Held {
+  u32 pairs[WIDTH / 4];
+  long row;
+  int column, rows;
+
+  __device__ __forceinline__ void take(const float (&sums)[WIDTH / 2]) {
+#pragma unroll
+    for (int i = 0; i < WIDTH / 4; ++i) pairs[i] = pack_bf16(sums[2 * i], sums[2 * i + 1]);
+  }
+  __device__ __forceinline__ void finish(int part, const Warp& epilogue, const Outputs& to, float alpha,
+                                         float factor) const {
+    constexpr int SUMS = WIDTH / 2 / PARTS;
+    static_assert(SUMS % 8 == 0, "a part has whole chunks");
+#pragma unroll
+    for (int i = part * SUMS; i < (part + 1) * SUMS; i += 8) {
+      float sums[8], out[8];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sums[2 * j] = low_bf16(pairs[i / 2 + j]), sums[2 * j + 1] = high_bf16(pairs[i / 2 + j]);
+      }
+      epilogue.finish(sums, i, row, column, to, alpha, factor, out);
+      epilogue.store(out, i);
+    }
+    if (part + 1 == PARTS) {
+      __syncwarp();
+      epilogue.copy_out(to, row, rows, column / 2);
+    }
+  }
+};
 
 __device__ __forceinline__ float bias_at(const void* bias, int column) {
   return BIAS == 4 ? static_cast<const float*>(bias)[column]
@@ -185,10 +226,10 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
   if (tiles.begin >= tiles.count) {
     // Nothing is left for this cluster.
   } else if (warp >= 4 * GROUPS) {
-    if (CROWDED) fewer_registers<32>();
+    if (CROWDED) fewer_registers<FILLS>();
     if (warp == 4 * GROUPS && elected()) fill(ring, x, weight, tiles, later, later_bytes);
   } else {
-    if (CROWDED) more_registers<160>();
+    if (CROWDED) more_registers<MULTIPLIES>();
     const Warp epilogue{ring.shared + STAGED + warp * 16 * PITCH, thread % 32, columns};
     const int out_n = EPILOGUE == GATED ? n / 2 : n;
     const Outputs to{out, out_n, keys, values, cos, sin, int(q_width), int(kv_width), place,
@@ -196,15 +237,28 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
     const int most = EPILOGUE == ROTATED && to.places - place < rows ? to.places - place : rows;
     RingCursor<STAGES> at;
     float sums[WIDTH / 2];
+    Held held{};
     for (int index = tiles.begin; index < tiles.count; index += tiles.stride) {
       const Tile tile = tiles.at(index);
       if (tile.last <= tile.first) wait_for_kernel_before();  // which may read what is written
-      multiply(sums, ring, at, warp / 4, tile.last - tile.first);
-      if (ONE_TILE) named_barrier(1, 128 * GROUPS);
+      const int steps = tile.last - tile.first;
+      multiply(sums, ring, at, warp / 4, steps, [&](int part) {
+        if (HELD) held.finish(part, epilogue, to, times, factor);
+      });
       const int row = tile.row + warp * 16;
-      epilogue.stage(sums, row, tile.column, to, times, factor);
-      const int column = EPILOGUE == GATED ? tile.column / 2 : tile.column;
-      epilogue.copy_out(to, tile.split * m + row, most - row, column);
+      if (HELD) {
+        held.take(sums);
+        held.row = tile.split * m + row, held.column = tile.column, held.rows = most - row;
+      } else {
+        if (ONE_TILE) named_barrier(1, 128 * GROUPS);
+        epilogue.stage(sums, row, tile.column, to, times, factor);
+        const int column = EPILOGUE == GATED ? tile.column / 2 : tile.column;
+        epilogue.copy_out(to, tile.split * m + row, most - row, column);
+      }
+    }
+    if (HELD) {
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) held.finish(part, epilogue, to, times, factor);
     }
   }
   if (PEERS > 1) {  // whose barriers and memory others use

@@ -5,21 +5,51 @@
 
 namespace {
 
+// Shared memory of such a block: normed rows, and of the projections from and to actions as many rows
+// as fit. Others come from the L2, once a step.
+constexpr int TABLE_ROW = WIDTH * 4;
+constexpr int ROWS_NORMED = AREA, TABLE_OUT = ROWS_NORMED + ROWS_PER_BLOCK * TABLE_ROW;
+constexpr int TABLE_IN = TABLE_OUT + ACTION_DIM * TABLE_ROW;
+constexpr int MOST_KEPT = (BARRIERS - TABLE_IN) / TABLE_ROW;
+constexpr int KEPT = ACTION_DIM < MOST_KEPT ? ACTION_DIM : MOST_KEPT;  // rows of TABLE_IN
+constexpr int TABLES_FULL = FULL;                                       // there is no ring here
+
+// By one thread.
+__device__ __forceinline__ void fetch_tables(const Block& b, const Arguments& a) {
+  constexpr u32 OUT_BYTES = ACTION_DIM * TABLE_ROW, IN_BYTES = KEPT * TABLE_ROW;
+  const u32 full = b.shared + TABLES_FULL;
+  mbarrier_expect(full, OUT_BYTES + IN_BYTES);
+  bulk_copy(b.shared + TABLE_OUT, a.weight_out, OUT_BYTES, full);
+  bulk_copy(b.shared + TABLE_IN, a.weight_in, IN_BYTES, full);
+}
+
 struct Row {
   static constexpr int WORDS = WIDTH / 4 / ROW_THREADS;  // of four columns, that a thread has
+  static constexpr int WARPS = ROW_THREADS / 32;
   int index, thread;                                     // of the row's threads
   float* squares;
   float* actions;
   float4* hidden;
-  float4 x[WORDS], gate[WORDS], scale[WORDS], shift[WORDS];
+  const float *table_in, *table_out;
+  float4 x[WORDS], gate[WORDS], scale[WORDS], shift[WORDS], bias_in[WORDS];
+  // Of the dimension of the action that this thread moves, if it does.
+  int moved;
+  float bias_out = 0.0f, weight = 0.0f, target = 0.0f;
 
-  __device__ Row(const Block& b) {
+  __device__ Row(const Block& b, const Arguments& a) {
     const int place = b.thread / ROW_THREADS;
     index = (b.index - BLOCKS) * ROWS_PER_BLOCK + place;
     thread = b.thread % ROW_THREADS;
     squares = b.floats(SQUARES) + place * 8;
     actions = b.floats(ACTIONS) + place * 32;
-    hidden = reinterpret_cast<float4*>(b.floats(AREA)) + place * (WIDTH / 4);
+    hidden = reinterpret_cast<float4*>(b.floats(ROWS_NORMED)) + place * (WIDTH / 4);
+    table_in = b.floats(TABLE_IN), table_out = b.floats(TABLE_OUT);
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) bias_in[i] = at(a.bias_in, i);
+    moved = thread / 32 + thread % 32 * WARPS;
+    if (index >= ROWS || moved >= ACTION_DIM) return;
+    bias_out = a.bias_out[moved], weight = a.weights[index];
+    target = a.target[index * ACTION_DIM + moved];
   }
   __device__ void together() const {
     named_barrier(2 + index % ROWS_PER_BLOCK, ROW_THREADS);
@@ -40,16 +70,24 @@ struct Row {
     }
   }
 
+  // Rows of the table of actions that are not kept, to the L2 before they are needed.
+  __device__ void fetch_others(const Arguments& a) const {
+    if (KEPT == ACTION_DIM || thread) return;
+    bulk_prefetch(reinterpret_cast<const char*>(a.weight_in + KEPT * WIDTH),
+                  (ACTION_DIM - KEPT) * TABLE_ROW);
+  }
   __device__ void embed(const Arguments& a) {
 #pragma unroll
     for (int word = 0; word < WORDS; ++word) {
-      float4 sum = at(a.bias_in, word);
-#pragma unroll 16
-      for (int i = 0; i < ACTION_DIM; ++i) {
-        float4 w = at(a.weight_in + i * WIDTH, word);
-        sum.x += actions[i] * w.x, sum.y += actions[i] * w.y;
-        sum.z += actions[i] * w.z, sum.w += actions[i] * w.w;
-      }
+      float4 sum = bias_in[word];
+      const auto add = [&](float action, float4 w) {
+        sum.x += action * w.x, sum.y += action * w.y;
+        sum.z += action * w.z, sum.w += action * w.w;
+      };
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i) add(actions[i], at(table_in + i * WIDTH, word));
+#pragma unroll
+      for (int i = KEPT; i < ACTION_DIM; ++i) add(actions[i], at(a.weight_in + i * WIDTH, word));
       x[word] = sum;
     }
   }
@@ -73,22 +111,24 @@ struct Row {
     const char* from = b.buffers + SUMS + index * SUMS_BYTES + thread * 8;
     const u32 mark = mark_of(mlp);
     constexpr int COUNT = WORDS * HEADS;
-    Word v[COUNT], loaded[2][COUNT];
+    Word v[COUNT];
+    u64 loaded[2][COUNT];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i].low = loaded[0][i].low = loaded[1][i].low = ~mark;
-    auto load = [&](Word (&to)[COUNT]) {
+    for (int i = 0; i < COUNT; ++i) v[i].low = ~mark, loaded[0][i] = loaded[1][i] = ~mark;
+    auto load = [&](u64 (&to)[COUNT]) {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
-        if (has_mark(v[i], mark)) continue;
-        to[i] = load_word(from + i / HEADS * (ROW_THREADS * 8) + i % HEADS * (WIDTH * 2));
+        const char* word = from + i / HEADS * (ROW_THREADS * 8) + i % HEADS * (WIDTH * 2);
+        load_word_unless(has_mark(v[i], mark), to[i], word);
       }
     };
     bool all;
-    auto take = [&](const Word (&of)[COUNT]) {
+    auto take = [&](const u64 (&of)[COUNT]) {
       all = true;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
-        if (has_mark(of[i], mark)) v[i] = of[i];
+        const Word word = Word::of(of[i]);
+        if (has_mark(word, mark)) v[i] = word;
         all &= has_mark(v[i], mark);
       }
       all = __all_sync(~0u, all);
@@ -182,31 +222,37 @@ struct Row {
     return at / LINE * LINE_BYTES + index * LINE + chunk * 16 + at % 16;
   }
 
-  // The velocity of this row, guided, moves its actions, unless they are decided.
-  __device__ void move(const Block& b, const Arguments& a, const float4 (&y)[WORDS],
-                       int step) const {
-    const bool moves = index >= b.decided;
+  // The velocity of this row, guided, moves its actions, unless they are decided. A warp has each
+  // WARPS-th dimension.
+  __device__ void move(const Block& b, const float4 (&y)[WORDS], int step, float gain) const {
+    constexpr int DIMENSIONS = (ACTION_DIM + WARPS - 1) / WARPS;
+    const int lane = thread % 32;
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) hidden[thread + i * ROW_THREADS] = y[i];
     together();
-#pragma unroll 2
-    for (int i = thread / 32; i < ACTION_DIM; i += ROW_THREADS / 32) {
-      const float4* w = reinterpret_cast<const float4*>(a.weight_out + i * WIDTH);
-      float dot = 0.0f;
+    float dots[DIMENSIONS] = {};
 #pragma unroll
-      for (int j = thread % 32; j < WIDTH / 4; j += 32) {
-        dot += hidden[j].x * w[j].x + hidden[j].y * w[j].y + hidden[j].z * w[j].z +
-               hidden[j].w * w[j].w;
+    for (int j = lane; j < WIDTH / 4; j += 32) {
+      const float4 h = hidden[j];
+#pragma unroll
+      for (int k = 0; k < DIMENSIONS; ++k) {
+        const int i = thread / 32 + k * WARPS;
+        if (i >= ACTION_DIM) continue;
+        const float4 w = reinterpret_cast<const float4*>(table_out + i * WIDTH)[j];
+        dots[k] += h.x * w.x + h.y * w.y + h.z * w.z + h.w * w.w;
       }
-      dot = sum_over_warp(dot);
-      if (thread % 32 == 0 && moves) {
-        float velocity = dot + a.bias_out[i], time = 1.0f - step * (1.0f / STEPS);
-        float weight = a.weights[index], error = 0.0f;
-        if (weight != 0.0f) {
-          error = (a.target[index * ACTION_DIM + i] - (actions[i] - time * velocity)) * weight;
-        }
-        actions[i] -= (velocity - a.gains[step] * error) * (1.0f / STEPS);
-      }
+    }
+    float dot = 0.0f;
+#pragma unroll
+    for (int k = 0; k < DIMENSIONS; ++k) {
+      const float sum = sum_over_warp(dots[k]);
+      if (lane == k) dot = sum;
+    }
+    if (lane < DIMENSIONS && moved < ACTION_DIM && index >= b.decided) {
+      const float velocity = dot + bias_out, time = 1.0f - step * (1.0f / STEPS);
+      float error = 0.0f;
+      if (weight != 0.0f) error = (target - (actions[moved] - time * velocity)) * weight;
+      actions[moved] -= (velocity - gain * error) * (1.0f / STEPS);
     }
     together();
   }
@@ -214,26 +260,29 @@ struct Row {
 
 // All steps of a row.
 __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
-  Row row(b);
+  Row row(b, a);
   if (row.index >= ROWS) return;
   float4 y[Row::WORDS];
   float* given = a.actions + row.index * ACTION_DIM;
   if (row.thread < ACTION_DIM) row.actions[row.thread] = given[row.thread];
   row.together();
+  wait(b.shared + TABLES_FULL, 0);
   for (int step = 0; step < STEPS; ++step) {
+    const float gain = a.gains[step];
     row.embed(a);
 #pragma unroll 1
     for (int half = 0;; ++half) {
       const bool last = half == 2 * DEPTH;
       row.load(b, a, step, half);
       const float inverse_scale = Scale(a, step, last ? 0 : half, 0).inverse();
+      if (last) row.fetch_others(a);
       if (half) row.add(b, half % 2 == 0);
       if (!last) row.announce(b);
       row.norm(y);
       if (last) break;
       row.publish(b, y, inverse_scale, half);
     }
-    row.move(b, a, y, step);
+    row.move(b, y, step, gain);
   }
   if (row.thread < ACTION_DIM) given[row.thread] = row.actions[row.thread];
 }
