@@ -167,10 +167,14 @@ struct Block {
   __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }
 };
 
+__device__ __forceinline__ int place_in_operand(int operand, int row, int column) {
+  return operand + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
+}
+
 // Columns `column` to `column` + 7 of `row` of an operand in shared memory.
 __device__ __forceinline__ void store_operand(const Block& b, int operand, int row, int column,
                                               const float (&v)[8], float inverse_scale) {
-  const u32 to = b.shared + operand + (column / CHUNK * ROWS + row) * 16 + column % CHUNK * BYTES;
+  const u32 to = b.shared + place_in_operand(operand, row, column);
   if constexpr (FP8) {
     store_shared(to, eight_e4m3(v, inverse_scale));
   } else {

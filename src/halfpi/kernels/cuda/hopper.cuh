@@ -350,6 +350,14 @@ __device__ __forceinline__ u32 pack_bf16(float a, float b) {
   return word;
 }
 
+// Of eight rows of eight numbers of 16 bits, of which thread 4 r + c of a warp has two of row r: it gets
+// two of column r.
+__device__ __forceinline__ u32 transposed(u32 pair) {
+  u32 word;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(word) : "r"(pair));
+  return word;
+}
+
 __device__ __forceinline__ float low_bf16(u32 word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_bf16(u32 word) {
   return __uint_as_float(word & 0xFFFF0000u);

@@ -35,14 +35,20 @@ struct FromPeers {
   }
 };
 
-// result (64 rows, N) = operand · the ring's next units, an even number. A unit has ROWS_W rows of
-// weights, of which N from `column` on count, and CHUNKS of K, of which this is one of PARTS. Two
-// units a turn of the loop: the code of more takes longer to fetch than it saves.
-template <typename F, int N, int ROWS_W, int CHUNKS, int PARTS, typename Source>
-__device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int units, int operand,
+// Few rows are the columns of a product instead, of which the rows are 64 of the weights, so that the
+// tensor cores do not multiply what is not there.
+constexpr int FEW = 16;
+constexpr bool FEW_ROWS = ROWS <= FEW;
+
+// result (64 rows, N) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
+// (64 weights, FEW). A unit has ROWS_W rows of weights, of which N from `column` on count, and CHUNKS
+// of K, of which this is one of PARTS. Two units a turn of the loop: the code of more takes longer to
+// fetch than it saves.
+template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int SUMS, typename Source>
+__device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int units, int operand,
                                          int column, int part, Source source) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) result[i] = 0.0f;
+  for (int i = 0; i < SUMS; ++i) result[i] = 0.0f;
   const typename Source::Operand activations =
       Source::of(b.shared + operand + part * Source::offset(2));
   const Matrix weights(b.shared + RING + (column + 2 * part * ROWS_W) * 16, ROWS_W * 16, 128);
@@ -60,8 +66,9 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
-        F::mma(result, activations.at(Source::offset(place * CHUNKS + k)),
-               weights.at(b.ring.slot * UNIT + k * ROWS_W * 16));
+        const u64 x = activations.at(Source::offset(place * CHUNKS + k));
+        const u64 w = weights.at(b.ring.slot * UNIT + k * ROWS_W * 16);
+        F::mma(result, FLIPPED ? w : x, FLIPPED ? x : w);
       }
       wgmma_commit();
       if (u) {
@@ -78,10 +85,20 @@ __device__ __forceinline__ void multiply(float (&result)[N / 2], Block& b, int u
 }
 
 // Of tiles of 128 rows: a group multiplies 64 of them.
-template <typename F, typename Source>
-__device__ __forceinline__ void wide_product(float (&result)[32], Block& b, int units, int operand,
+constexpr int FLIPPED_SUMS = FEW / 2, WIDE_SUMS = FEW_ROWS ? FLIPPED_SUMS : 32;
+template <typename F, int SUMS, typename Source>
+__device__ __forceinline__ void wide_product(float (&result)[SUMS], Block& b, int units, int operand,
                                              Source source) {
-  multiply<F, 64, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
+  constexpr bool FLIPPED = SUMS == FLIPPED_SUMS;
+  multiply<F, FLIPPED, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
+}
+
+// Of a FLIPPED product, times `factor`: two neighbouring columns of row lane / 4 + 8 i, in one of the
+// two chunks of eight columns that a warp has, as a thread has them of a product that is not.
+__device__ __forceinline__ u32 flipped_pair(const float (&result)[FLIPPED_SUMS], int i, int chunk,
+                                            float factor) {
+  const float* v = result + 4 * i + 2 * chunk;
+  return transposed(pack_bf16(v[0] * factor, v[1] * factor));
 }
 
 // Eight columns of a result: a thread has two neighbours of each of two rows, which turn by the
@@ -125,7 +142,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
     if (finishes(i) && column < HEAD) turns[i].load(b, a, column);  // not values
   }
   float result[QKV_TILE / 2];
-  multiply<Format, QKV_TILE, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
+  multiply<Format, false, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
                                                            PieceOfX<QKV_CHUNKS>{0});
   b.free_x();
   float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
@@ -155,17 +172,9 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   b.piece_written();
 }
 
-// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that
-// a thread has eight neighbours of each half of a group's columns.
-__device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) {
-  const u32 mark = mark_of(mlp);
-  const int units = mlp ? DOWN_UNITS : OUT_UNITS;
-  float sum[32];
-  wide_product<Format>(sum, b, units, mlp ? HIDDEN : MERGED,
-                       FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
-  const float alpha = scale.alpha();
-  const int column = b.rank * TILE + 64 * b.group + b.lane % 4 * 8;
-  char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
+// Sums of eight neighbouring columns of each half of a group's, from `to` on, of two rows.
+__device__ __forceinline__ void store_sums(const Block& b, const float (&sum)[32], char* to,
+                                           float alpha, u32 mark) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = b.row + 8 * i;
@@ -182,19 +191,40 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   }
 }
 
+// The same of a warp's four of these columns.
+__device__ __forceinline__ void store_sums(const Block& b, const float (&sum)[FLIPPED_SUMS],
+                                           char* to, float alpha, u32 mark) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = b.lane / 4 + 8 * i;
+    const u32 low = flipped_pair(sum, i, 0, alpha), high = flipped_pair(sum, i, 1, alpha);
+    if (row >= ROWS) continue;
+    store_relaxed(to + row * SUMS_BYTES + b.warp / 2 * 64 + b.warp % 2 * 8, marked(low, high, mark));
+  }
+}
+
+// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that
+// a thread has eight neighbours of each half of a group's columns.
+__device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) {
+  const int units = mlp ? DOWN_UNITS : OUT_UNITS;
+  float sum[WIDE_SUMS];
+  wide_product<Format>(sum, b, units, mlp ? HIDDEN : MERGED,
+                       FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
+  const int column = b.rank * TILE + 64 * b.group + b.lane % 4 * 8;
+  char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
+  store_sums(b, sum, to, scale.alpha(), mark_of(mlp));
+}
+
 // GELU(gate) · 2 up.
 __device__ __forceinline__ float gated(float gate, float up) {
   const float u = gelu_argument(gate), product = gate * up;
   return fmaf(product, tanh_fast(u), product);
 }
 
-// Gate and up lie side by side; eight hidden columns of two rows a thread.
-__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
-  float sum[32];
-  wide_product<Format>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
-  b.free_x();
-  const float alpha = scale.alpha(), half = 0.5f * alpha * next.inverse();
-  const int column = b.rank * (TILE / 2) + 32 * b.group + b.lane % 4 * 8;
+// Eight neighbouring hidden columns of two rows, of sums of gate and up side by side. alpha: for gate,
+// half: for up.
+__device__ __forceinline__ void store_hidden(const Block& b, const float (&sum)[32], int column,
+                                             float alpha, float half) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = b.row + 8 * i;
@@ -206,6 +236,33 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
     }
     store_operand(b, HIDDEN, row, column, hidden, 1.0f);
   }
+}
+
+// The same of a warp's two of these columns.
+__device__ __forceinline__ void store_hidden(const Block& b, const float (&sum)[FLIPPED_SUMS],
+                                             int column, float alpha, float half) {
+  const float factor = b.lane / 4 % 2 ? half : alpha;  // before it is transposed
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = b.lane / 4 + 8 * i;
+    float hidden[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const u32 pair = flipped_pair(sum, i, j, factor);
+      hidden[j] = gated(low_bf16(pair), high_bf16(pair));
+    }
+    if (row >= ROWS) continue;
+    const u32 to = b.shared + place_in_operand(HIDDEN, row, column + 2 * b.warp);
+    store_pair<FP8>(to, hidden[0], hidden[1]);
+  }
+}
+
+__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
+  float sum[WIDE_SUMS];
+  wide_product<Format>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
+  b.free_x();
+  const int column = b.rank * (TILE / 2) + 32 * b.group + b.lane % 4 * 8;
+  store_hidden(b, sum, column, scale.alpha(), 0.5f * scale.alpha() * next.inverse());
   b.piece_written();
 }
 
