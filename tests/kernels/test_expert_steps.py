@@ -58,11 +58,11 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -
         tile = part[block].reshape(-1, rows, 16).view(precision)
         return tile[column // chunk, row, column % chunk]
 
-    def place(row: int, count: int) -> int:
-        """Rows n·c + 2j and the next, of 4n, lie where a product gives them to the same thread."""
-        block, within = divmod(row, 4 * count)
-        c, j, odd = within // count, within % count // 2, within % 2
-        return 4 * count * block + 8 * j + 2 * c + odd
+    def place(row: int) -> int:
+        """Rows 4c to 4c + 3, of 16, lie where a product gives them to the same thread."""
+        block, within = divmod(row, 16)
+        c, second, odd = within // 4, within % 4 // 2, within % 2
+        return 16 * block + 8 * second + 2 * c + odd
 
     def turned(rank: int, width: int, column: int) -> int:
         """A unit has 128 bytes of each row; that of the block's own eighth of `width` is first."""
@@ -75,15 +75,15 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -
         assert element(block, qkv, 40, 37, 700) == layer.qkv[2048 + 8 * block + 5, 700]
         for row in (9, 77):
             assert (
-                element(block, out, 128, place(row, 8), turned(rank, 256, 200))
+                element(block, out, 128, place(row), turned(rank, 256, 200))
                 == layer.out[128 * rank + row, 256 * head + 200]
             )
             assert (
-                element(block, down, 128, place(row, 8), turned(rank, 512, 300))
+                element(block, down, 128, place(row), turned(rank, 512, 300))
                 == layer.down[128 * rank + row, 512 * head + 300]
             )
             assert (
-                element(block, wide, 128, place(row, 16), 900)
+                element(block, wide, 128, place(row), 900)
                 == layer.gate_up[128 * block + row, 900]
             )
 
@@ -95,8 +95,9 @@ def test_compiles_to_hopper_instructions(precision: torch.dtype) -> None:
     assert len(cubin("expert_steps", sizes.defines())) > 10_000
     code = ptx("expert_steps", sizes.defines())
     assert "cp.async.bulk.shared::cluster" in code
-    assert "m64n64k16.f32.bf16.bf16" in code
-    assert ("m64n64k32.f32.e4m3.e4m3" in code) == (precision == FP8)
+    assert "m64n64k16.f32.bf16.bf16" in code  # attention
+    operands = "k32.f32.e4m3.e4m3" if precision == FP8 else "k16.f32.bf16.bf16"
+    assert f"m64n16{operands}" in code  # as many columns as there are rows, in eights
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -89,7 +89,12 @@ def test_tiles_are_one_wave_or_take_turns() -> None:
         assert not one.programs
         assert shared_bytes(one, 2, bias=True, gated=False) <= HOPPER.shared_bytes
     gated = hopper_launches(968, 32768, 2048, (1, 1), HOPPER, gated=True)
-    assert {one.programs for one in gated} == {HOPPER.multiprocessors}
+    for one in gated:
+        tiles = -(-968 // one.block_m) * -(-32768 // one.block_n)
+        waves = -(-tiles // HOPPER.multiprocessors)
+        assert one.programs <= HOPPER.multiprocessors
+        assert -(-tiles // one.programs) == waves
+        assert -(-tiles // (one.programs - one.peers)) > waves  # not one cluster too many
     assert all(one.block_n % 32 == 0 for one in gated)  # whole chunks of E4M3 outputs
 
 

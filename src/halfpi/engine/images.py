@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfpi.engine.operations import Operations
@@ -76,18 +77,18 @@ class _Room:
     """Images on the device (n, …), and each of them there and on the host, pinned for a GPU."""
 
     device: Tensor
-    places: tuple[tuple[Tensor, Tensor], ...]
+    places: tuple[tuple[NDArray[Any], Tensor, Tensor], ...]
 
     @staticmethod
     def beside(device: Tensor) -> _Room:
         host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
-        return _Room(device, tuple(zip(host, device, strict=True)))
+        return _Room(device, tuple(zip(host.numpy(), host, device, strict=True)))
 
     def fill(self, images: Mapping[int, Any]) -> None:
         """Bring each image, a NumPy array, to its place, one while the next is being read."""
         for place, image in images.items():
-            host, device = self.places[place]
-            host.numpy()[:] = image  # NumPy's copy starts no threads
+            pixels, host, device = self.places[place]
+            pixels[:] = image  # NumPy's copy starts no threads
             device.copy_(host, non_blocking=True)
 
 

@@ -93,7 +93,8 @@ class TritonEngine:
         self.plan.denoise[num_steps]()
         watch.lap("denoise_ms")
         self._result.copy_(self.plan.staging.device["actions"], non_blocking=True)
-        return watch.finished(self._result.clone), watch.times()
+        actions = watch.finished(self._result.numpy().copy)
+        return torch.from_numpy(actions), watch.times()
 
     def stage_graphs(
         self, cameras: int, prompt_tokens: int, num_steps: int
@@ -114,7 +115,7 @@ class TritonEngine:
         self._check_images(inputs.images)
         engine = self.engine_config
         # NumPy, whose operations on so little take a fraction of torch's time.
-        places: list[int] = np.flatnonzero(inputs.image_mask[0].numpy()).tolist()
+        places: list[int] = np.flatnonzero(inputs.image_mask.numpy()[0]).tolist()
         if len(places) > engine.max_cameras:
             raise ValueError(
                 f"the engine is planned for {engine.max_cameras} cameras, got {len(places)}"

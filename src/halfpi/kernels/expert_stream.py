@@ -52,9 +52,9 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
     for index, layer in enumerate(layers):
         tiles = (
             _qkv_tiles(layer.qkv),
-            _own_first(_neighbours(_split_tiles(layer.out), 8)),
-            _neighbours(layer.gate_up.unflatten(0, (BLOCKS, -1)), 16),
-            _own_first(_neighbours(_split_tiles(layer.down), 8)),
+            _own_first(_neighbours(_split_tiles(layer.out))),
+            _neighbours(layer.gate_up.unflatten(0, (BLOCKS, -1))),
+            _own_first(_neighbours(_split_tiles(layer.down))),
         )
         for place, tile in zip(stream[:, index].split(sizes, 1), tiles, strict=True):
             place.copy_(_chunks_first(tile))
@@ -73,14 +73,13 @@ def _split_tiles(weight: Tensor) -> Tensor:
     return tiles.permute(2, 0, 1, 3).flatten(0, 1)
 
 
-def _neighbours(tiles: Tensor, count: int) -> Tensor:
+def _neighbours(tiles: Tensor) -> Tensor:
     """Rows of `tiles` (blocks, 128, k) in another order.
 
-    In a product's result a thread has rows 2c and 2c + 1 of every eight rows, where c is its place
-    among four. Of each 4n rows of the result those become n neighbours of the matrix, the rows from
-    c·n on, where n is `count`.
+    Of 16 rows, as a product's, a thread has 2c, 2c + 1, 2c + 8 and 2c + 9, where c is its place among
+    four. Those become neighbours of the matrix, the rows from 4c on.
     """
-    neighbours: Tensor = tiles.unflatten(1, (-1, 4, count // 2, 2))
+    neighbours: Tensor = tiles.unflatten(1, (-1, 4, 2, 2))
     return neighbours.transpose(2, 3).flatten(1, 4)
 
 

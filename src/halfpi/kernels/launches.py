@@ -133,12 +133,15 @@ def _hopper_tiles(
         widths = range(step, widest + 1, step)
         most = device.multiprocessors // split_k
         width = next((width for width in widths if rows * math.ceil(n / width) <= most), widest)
-        waves = rows * math.ceil(n / width) > most
+        tiles = rows * math.ceil(n / width)
+        waves = math.ceil(tiles / most)
         for peers in (1, 2):
             if rows % peers == 0:
+                # No more than so many waves need: programs that wait take power from others.
+                programs = math.ceil(tiles / waves / peers) * peers
                 yield TileLaunch(
                     block_m=block_m, block_n=width, split_k=split_k, peers=peers, kernel="hopper",
-                    programs=device.multiprocessors // peers * peers if waves and gated else 0,
+                    programs=programs if waves > 1 and gated else 0,
                 )  # fmt: skip
 
 

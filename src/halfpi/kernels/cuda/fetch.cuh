@@ -15,7 +15,7 @@ struct Ahead {
   __device__ __forceinline__ bool wants_more() const { return bytes < MOST; }
   __device__ __forceinline__ void fetch() {
     const int size = end - next < PIECE ? end - next : PIECE;
-    if (elected()) bulk_prefetch(next, size);
+    if (elected()) bulk_prefetch(next, size, policy_evict_first());
     next += size, bytes += size;
     if (next == end) next = begin;
     pause(PACE);  // faster, it is in the way of others
@@ -209,7 +209,7 @@ __device__ __forceinline__ void share_pieces(const Block& b) {
 // pieces of four chunks of eight keys, several at a time.
 __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
   constexpr int AT_A_TIME = 8;
-  const int tiles = key_tiles(b.prefix), warps = gridDim.x * CONSUMERS / 32;
+  const int tiles = key_tiles(b.prefix), warps = gridDim.x * THREADS / 32;
   const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
   const auto key = [&](int piece) { return piece % 16 * 8 + b.lane % 8; };
   const auto chunk = [&](int piece) { return piece / 16 % 8 * 4 + b.lane / 8; };
@@ -228,7 +228,7 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
     return *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);
   };
 #pragma unroll 1
-  for (int i = b.index * (CONSUMERS / 32) + b.thread / 32; i < pieces; i += AT_A_TIME * warps) {
+  for (int i = b.index * (THREADS / 32) + b.thread / 32; i < pieces; i += AT_A_TIME * warps) {
     uint4 v[AT_A_TIME];
 #pragma unroll
     for (int j = 0; j < AT_A_TIME; ++j) v[j] = load(i + j * warps);

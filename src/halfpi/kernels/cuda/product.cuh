@@ -35,15 +35,10 @@ struct FromPeers {
   }
 };
 
-// Few rows are the columns of a product instead, of which the rows are 64 of the weights, so that the
-// tensor cores do not multiply what is not there.
-constexpr int FEW = 16;
-constexpr bool FEW_ROWS = ROWS <= FEW;
-
 // result (64 rows, N) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
-// (64 weights, FEW). A unit has ROWS_W rows of weights, of which N from `column` on count, and CHUNKS
-// of K, of which this is one of PARTS. Two units a turn of the loop: the code of more takes longer to
-// fetch than it saves.
+// (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
+// has ROWS_W rows of weights, of which N from `column` on count, and CHUNKS of K, of which this is one
+// of PARTS. Two units a turn of the loop: the code of more takes longer to fetch than it saves.
 template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int SUMS, typename Source>
 __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int units, int operand,
                                          int column, int part, Source source) {
@@ -84,20 +79,24 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
   b.release(held, 1);
 }
 
-// Of tiles of 128 rows: a group multiplies 64 of them.
-constexpr int FLIPPED_SUMS = FEW / 2, WIDE_SUMS = FEW_ROWS ? FLIPPED_SUMS : 32;
-template <typename F, int SUMS, typename Source>
-__device__ __forceinline__ void wide_product(float (&result)[SUMS], Block& b, int units, int operand,
+// With 64 rows of a tile's 128, which a group multiplies.
+template <typename F, typename Source>
+__device__ __forceinline__ void wide_product(float (&result)[32], Block& b, int units, int operand,
                                              Source source) {
-  constexpr bool FLIPPED = SUMS == FLIPPED_SUMS;
-  multiply<F, FLIPPED, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
+  multiply<F, false, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
+}
+constexpr int FLIPPED_SUMS = LINE_ROWS / 2;
+template <typename Source>
+__device__ __forceinline__ void flipped_product(float (&result)[FLIPPED_SUMS], Block& b, int units,
+                                                int operand, Source source) {
+  multiply<Format, true, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
 }
 
-// Of a FLIPPED product, times `factor`: two neighbouring columns of row lane / 4 + 8 i, in one of the
-// two chunks of eight columns that a warp has, as a thread has them of a product that is not.
-__device__ __forceinline__ u32 flipped_pair(const float (&result)[FLIPPED_SUMS], int i, int chunk,
+// Of a flipped product, of row lane / 4 + 8 i, two neighbouring columns of a warp's first or second
+// eight, times `factor`.
+__device__ __forceinline__ u32 flipped_pair(const float (&result)[FLIPPED_SUMS], int i, int second,
                                             float factor) {
-  const float* v = result + 4 * i + 2 * chunk;
+  const float* v = result + 4 * i + 2 * second;
   return transposed(pack_bf16(v[0] * factor, v[1] * factor));
 }
 
@@ -172,97 +171,46 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   b.piece_written();
 }
 
-// Sums of eight neighbouring columns of each half of a group's, from `to` on, of two rows.
-__device__ __forceinline__ void store_sums(const Block& b, const float (&sum)[32], char* to,
-                                           float alpha, u32 mark) {
+// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that
+// four columns of a thread are neighbours.
+__device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) {
+  const u32 mark = mark_of(mlp);
+  const int units = mlp ? DOWN_UNITS : OUT_UNITS;
+  float sum[FLIPPED_SUMS];
+  flipped_product(sum, b, units, mlp ? HIDDEN : MERGED,
+                  FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
+  const float alpha = scale.alpha();
+  const int column = b.rank * TILE + 64 * b.group + 16 * b.warp + b.lane % 4 * 4;
+  char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = b.row + 8 * i;
-    if (row >= ROWS) continue;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* v = sum + 16 * half + 2 * i;
-      store_relaxed(to + row * SUMS_BYTES + half * 64,
-                    Words{marked(pack_bf16(alpha * v[0], alpha * v[1]),
-                                 pack_bf16(alpha * v[4], alpha * v[5]), mark),
-                          marked(pack_bf16(alpha * v[8], alpha * v[9]),
-                                 pack_bf16(alpha * v[12], alpha * v[13]), mark)});
-    }
-  }
-}
-
-// The same of a warp's four of these columns.
-__device__ __forceinline__ void store_sums(const Block& b, const float (&sum)[FLIPPED_SUMS],
-                                           char* to, float alpha, u32 mark) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < LINE_ROWS / 8; ++i) {
     const int row = b.lane / 4 + 8 * i;
     const u32 low = flipped_pair(sum, i, 0, alpha), high = flipped_pair(sum, i, 1, alpha);
-    if (row >= ROWS) continue;
-    store_relaxed(to + row * SUMS_BYTES + b.warp / 2 * 64 + b.warp % 2 * 8, marked(low, high, mark));
+    if (row < ROWS) store_relaxed(to + row * SUMS_BYTES, marked(low, high, mark));
   }
-}
-
-// Columns 128 · rank … of a cluster's share of the out or down projection. Tiles are packed so that
-// a thread has eight neighbours of each half of a group's columns.
-__device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) {
-  const int units = mlp ? DOWN_UNITS : OUT_UNITS;
-  float sum[WIDE_SUMS];
-  wide_product<Format>(sum, b, units, mlp ? HIDDEN : MERGED,
-                       FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
-  const int column = b.rank * TILE + 64 * b.group + b.lane % 4 * 8;
-  char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
-  store_sums(b, sum, to, scale.alpha(), mark_of(mlp));
 }
 
 // GELU(gate) · 2 up.
-__device__ __forceinline__ float gated(float gate, float up) {
-  const float u = gelu_argument(gate), product = gate * up;
-  return fmaf(product, tanh_fast(u), product);
+__device__ __forceinline__ float gated(u32 gate_up) {
+  const float gate = low_bf16(gate_up), product = gate * high_bf16(gate_up);
+  return fmaf(product, tanh_fast(gelu_argument(gate)), product);
 }
 
-// Eight neighbouring hidden columns of two rows, of sums of gate and up side by side. alpha: for gate,
-// half: for up.
-__device__ __forceinline__ void store_hidden(const Block& b, const float (&sum)[32], int column,
-                                             float alpha, float half) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = b.row + 8 * i;
-    if (row >= ROWS) continue;
-    float hidden[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      hidden[j] = gated(alpha * sum[4 * j + 2 * i], half * sum[4 * j + 2 * i + 1]);
-    }
-    store_operand(b, HIDDEN, row, column, hidden, 1.0f);
-  }
-}
-
-// The same of a warp's two of these columns.
-__device__ __forceinline__ void store_hidden(const Block& b, const float (&sum)[FLIPPED_SUMS],
-                                             int column, float alpha, float half) {
-  const float factor = b.lane / 4 % 2 ? half : alpha;  // before it is transposed
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = b.lane / 4 + 8 * i;
-    float hidden[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const u32 pair = flipped_pair(sum, i, j, factor);
-      hidden[j] = gated(low_bf16(pair), high_bf16(pair));
-    }
-    if (row >= ROWS) continue;
-    const u32 to = b.shared + place_in_operand(HIDDEN, row, column + 2 * b.warp);
-    store_pair<FP8>(to, hidden[0], hidden[1]);
-  }
-}
-
+// Gate and up lie side by side; two hidden columns a thread.
 __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
-  float sum[WIDE_SUMS];
-  wide_product<Format>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
+  float sum[FLIPPED_SUMS];
+  flipped_product(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
   b.free_x();
-  const int column = b.rank * (TILE / 2) + 32 * b.group + b.lane % 4 * 8;
-  store_hidden(b, sum, column, scale.alpha(), 0.5f * scale.alpha() * next.inverse());
+  const bool is_up = b.lane / 4 % 2;  // before it is transposed
+  const float factor = scale.alpha() * (is_up ? 0.5f * next.inverse() : 1.0f);
+  const int column = b.rank * (TILE / 2) + 32 * b.group + 8 * b.warp + b.lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < LINE_ROWS / 8; ++i) {
+    const int row = b.lane / 4 + 8 * i;
+    const float first = gated(flipped_pair(sum, i, 0, factor));
+    const float second = gated(flipped_pair(sum, i, 1, factor));
+    if (row < ROWS) store_pair<FP8>(b.shared + place_in_operand(HIDDEN, row, column), first, second);
+  }
   b.piece_written();
 }
 

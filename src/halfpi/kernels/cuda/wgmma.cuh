@@ -78,7 +78,9 @@ using Swizzled = SwizzledLines<128>;
 #define SUMS_112 SUMS_104, SUM8(104)
 #define SUMS_120 SUMS_112, SUM8(112)
 #define SUMS_128 SUMS_120, SUM8(120)
+#define SUMS_12 SUMS_8, SUM4(8)
 #define SUMS_20 SUMS_16, SUM4(16)
+#define SUMS_28 SUMS_24, SUM4(24)
 #define NAMES_4 "%0,%1,%2,%3"
 #define NAMES_8 NAMES_4 ",%4,%5,%6,%7"
 #define NAMES_16 NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
@@ -96,7 +98,9 @@ using Swizzled = SwizzledLines<128>;
 #define NAMES_112 NAMES_104 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define NAMES_120 NAMES_112 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define NAMES_128 NAMES_120 ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define NAMES_12 NAMES_8 ",%8,%9,%10,%11"
 #define NAMES_20 NAMES_16 ",%16,%17,%18,%19"
+#define NAMES_28 NAMES_24 ",%24,%25,%26,%27"
 
 // Of `columns` columns, of which a thread has n sums. Operands of assembly are counted: A is one, in shared
 // memory, or four, in registers, and B, number b, is the last.
@@ -114,8 +118,12 @@ using Swizzled = SwizzledLines<128>;
                  : SUMS_##n                                                                         \
                  : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(y));                             \
   }
-// Of all widths that a tile may have.
+// Of all widths that a tile, or rows of actions, may have.
 #define PRODUCTS(shape, flags) \
+  PRODUCT(mma, 8, shape, 4, 5, flags) \
+  PRODUCT(mma, 24, shape, 12, 13, flags) \
+  PRODUCT(mma, 40, shape, 20, 21, flags) \
+  PRODUCT(mma, 56, shape, 28, 29, flags) \
   PRODUCT(mma, 16, shape, 8, 9, flags) \
   PRODUCT(mma, 32, shape, 16, 17, flags) \
   PRODUCT(mma, 48, shape, 24, 25, flags) \
@@ -136,8 +144,6 @@ using Swizzled = SwizzledLines<128>;
 #define BF16 "k16.f32.bf16.bf16"
 struct Bf16 {
   PRODUCTS(BF16, ", 0, 0")
-  PRODUCT(mma, 8, BF16, 4, 5, ", 0, 0")
-  PRODUCT(mma, 40, BF16, 20, 21, ", 0, 0")
   // B (16, N) instead, rows of B contiguous.
   PRODUCT(mma_transposed, 64, BF16, 32, 33, ", 0, 1")
   // The same with A in registers, as a product leaves it there.
@@ -150,16 +156,19 @@ struct Bf16 {
 #define E4M3 "k32.f32.e4m3.e4m3"
 struct E4m3 {
   PRODUCTS(E4M3, "")
-  PRODUCT(mma, 40, E4M3, 20, 21, "")
 };
 #undef E4M3
 
 #undef SUM4
 #undef SUM8
 #undef SUMS_4
+#undef SUMS_12
 #undef SUMS_20
+#undef SUMS_28
 #undef NAMES_4
+#undef NAMES_12
 #undef NAMES_20
+#undef NAMES_28
 #undef SUMS_8
 #undef NAMES_8
 #undef SUMS_16
