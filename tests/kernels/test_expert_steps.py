@@ -83,8 +83,7 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype) -
                 == layer.down[128 * rank + row, 512 * head + 300]
             )
             assert (
-                element(block, wide, 128, place(row), 900)
-                == layer.gate_up[128 * block + row, 900]
+                element(block, wide, 128, place(row), 900) == layer.gate_up[128 * block + row, 900]
             )
 
 

@@ -76,7 +76,7 @@ def _split_tiles(weight: Tensor) -> Tensor:
 def _neighbours(tiles: Tensor) -> Tensor:
     """Rows of `tiles` (blocks, 128, k) in another order.
 
-    Of 16 rows, as a product's, a thread has 2c, 2c + 1, 2c + 8 and 2c + 9, where c is its place among
+    Of 16 rows of a product a thread has 2c, 2c + 1, 2c + 8 and 2c + 9, where c is its place among
     four. Those become neighbours of the matrix, the rows from 4c on.
     """
     neighbours: Tensor = tiles.unflatten(1, (-1, 4, 2, 2))

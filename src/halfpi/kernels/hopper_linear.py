@@ -51,7 +51,7 @@ class Variant:
     head: int = 0
 
     def held(self, launch: TileLaunch) -> bool:
-        """Whether a tile is finished during the next one's products; registers are for two groups."""
+        """Whether a tile is finished during the next one's products, for which two groups fit."""
         return bool(launch.programs) and self.gated and launch.block_m == 2 * GROUP_ROWS
 
     def threads(self, launch: TileLaunch) -> int:
