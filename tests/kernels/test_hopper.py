@@ -182,12 +182,8 @@ RAGGED: list[tuple[str, dict[str, int], tuple[int, int], dict[str, int]]] = [
     ("linear", linear(300, 528, 272, 300), (3, 192), {}),
     ("linear", linear(128, 256, 1152, 1), (1, 256), {"num_stages": 5}),
     ("linear", linear(129, 32, 16, 129), (1, 16), {"peers": 2}),  # a block without rows
-    (
-        "linear",
-        linear(150, 80, 80, 400, bias=1),
-        (1, 80),
-        {},
-    ),  # a count of more rows than there are
+    # A count of more rows than there are.
+    ("linear", linear(150, 80, 80, 400, bias=1), (1, 80), {}),
     # More splits than steps: some have nothing to sum.
     ("split_linear", {"m": 200, "n": 112, "k": 272, "valid": 131}, (2, 112), {"split_k": 2}),
     ("split_linear", {"m": 70, "n": 48, "k": 144, "valid": 70}, (1, 48), {"split_k": 4}),

@@ -103,7 +103,7 @@ def hopper_launches(
     aligned = all(each % hopper_linear.ALIGNED_BYTES == 0 for each in row_bytes)
     if device.capability != 90 or not is_available() or not aligned or m <= FEW_ROWS:
         return ()
-    most = _FAST_SUM if len(splits) == 1 else _FAST_PART
+    most, line = _FAST_SUM if len(splits) == 1 else _FAST_PART, hopper_linear.LINE_BYTES
     tiles = (
         tile
         for split_k in splits
@@ -111,7 +111,7 @@ def hopper_launches(
         for tile in _hopper_tiles(m, n, device, split_k, gated=gated)
     )
     launches = (
-        dataclasses.replace(tile, block_k=_LINE_BYTES // itemsize, num_stages=stages, pdl=True)
+        dataclasses.replace(tile, block_k=line // itemsize, num_stages=stages, pdl=True)
         for tile in tiles
         for stages in _HOPPER_STAGES
     )

@@ -25,7 +25,7 @@ class Summary(NamedTuple):
 
 def standard(records: Sequence[Record]) -> Summary:
     """The standard case on each device where an engine of ours ran: floor, target, ours, others."""
-    own = [record for record in newest(records) if record.benchmark == "stages"]
+    own = _of("stages", records)
     rows: list[tuple[str, ...]] = []
     for device in dict.fromkeys(record.device for record in own if _is_standard(record)):
         rows += _bounds(device)
@@ -56,8 +56,7 @@ def paced(records: Sequence[Record]) -> Summary:
             *_times(record),
             commit_label(record.commit, record.dirty),
         )
-        for record in newest(records)
-        if record.benchmark == "paced"
+        for record in _of("paced", records)
     ]
     return Summary((*header, *(f"{name} ms" for name in TIMES), "commit"), rows)
 

@@ -27,7 +27,8 @@ struct Attention {
   __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
     const Split split(b.rank, b.prefix);
     float logits[KEYS / 2], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
-    wide_product<Bf16>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
+    wide_product<Bf16, false>(logits, b, KEY_UNITS, QUERIES,
+                              FromPeers(b, QUERIES_FULL, KEY_UNITS));
     find_top<KEYS>(logits, b.lane, split.keys - tile * TILE - KEYS * b.group, top);
     b.wait_for(RECENT_FULL);
     const bool has_recent = last && b.group == GROUPS - 1;

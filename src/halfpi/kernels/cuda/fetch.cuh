@@ -221,8 +221,7 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
     if (piece >= pieces || place >= split.keys) return make_uint4(0, 0, 0, 0);
     // Of keys, the dimensions of which the block has queries come first (product.cuh).
     const int first = own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
-    const int which =
-        tile % 2 ? value_chunk(chunk(piece)) : (chunk(piece) + first) % (HEAD / 8);
+    const int which = tile % 2 ? value_chunk(chunk(piece)) : (chunk(piece) + first) % (HEAD / 8);
     const char* from = tile % 2 ? a.values : a.keys;
     const long row = layer * a.capacity + split.first + place;
     return *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);

@@ -255,9 +255,6 @@ struct Word {
     return {static_cast<u32>(v), static_cast<u32>(v >> 32)};
   }
 };
-struct Words {
-  Word first, second;
-};
 
 __device__ __forceinline__ void store_relaxed(void* to, u32 v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
@@ -265,12 +262,6 @@ __device__ __forceinline__ void store_relaxed(void* to, u32 v) {
 
 __device__ __forceinline__ void store_relaxed(void* to, Word v) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(v.whole()) : "memory");
-}
-
-__device__ __forceinline__ void store_relaxed(void* to, Words v) {
-  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(v.first.whole()),
-               "l"(v.second.whole())
-               : "memory");
 }
 
 __device__ __forceinline__ Word load_word(const void* from) {

@@ -35,10 +35,10 @@ struct FromPeers {
   }
 };
 
-// result (64 rows, N) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
+// result (64 rows, 2 SUMS) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
 // (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
-// has ROWS_W rows of weights, of which N from `column` on count, and CHUNKS of K, of which this is one
-// of PARTS. Two units a turn of the loop: the code of more takes longer to fetch than it saves.
+// has ROWS_W rows of weights, which count from `column` on, and CHUNKS of K, of which this is one of
+// PARTS. Two units a turn of the loop: the code of more takes longer to fetch than it saves.
 template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int SUMS, typename Source>
 __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int units, int operand,
                                          int column, int part, Source source) {
@@ -79,17 +79,13 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
   b.release(held, 1);
 }
 
-// With 64 rows of a tile's 128, which a group multiplies.
-template <typename F, typename Source>
-__device__ __forceinline__ void wide_product(float (&result)[32], Block& b, int units, int operand,
-                                             Source source) {
-  multiply<F, false, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
-}
+// Of tiles of 128 rows: a group multiplies 64 of them.
 constexpr int FLIPPED_SUMS = LINE_ROWS / 2;
-template <typename Source>
-__device__ __forceinline__ void flipped_product(float (&result)[FLIPPED_SUMS], Block& b, int units,
-                                                int operand, Source source) {
-  multiply<Format, true, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
+template <typename F, bool FLIPPED, int SUMS, typename Source>
+__device__ __forceinline__ void wide_product(float (&result)[SUMS], Block& b, int units, int operand,
+                                             Source source) {
+  static_assert(!FLIPPED || SUMS == FLIPPED_SUMS, "rows of actions, in eights");
+  multiply<F, FLIPPED, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
 }
 
 // Of a flipped product, of row lane / 4 + 8 i, two neighbouring columns of a warp's first or second
@@ -142,7 +138,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   }
   float result[QKV_TILE / 2];
   multiply<Format, false, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
-                                                           PieceOfX<QKV_CHUNKS>{0});
+                                                        PieceOfX<QKV_CHUNKS>{0});
   b.free_x();
   float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
 #pragma unroll
@@ -177,8 +173,8 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   const u32 mark = mark_of(mlp);
   const int units = mlp ? DOWN_UNITS : OUT_UNITS;
   float sum[FLIPPED_SUMS];
-  flipped_product(sum, b, units, mlp ? HIDDEN : MERGED,
-                  FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
+  wide_product<Format, true>(sum, b, units, mlp ? HIDDEN : MERGED,
+                             FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
   const float alpha = scale.alpha();
   const int column = b.rank * TILE + 64 * b.group + 16 * b.warp + b.lane % 4 * 4;
   char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
@@ -199,7 +195,7 @@ __device__ __forceinline__ float gated(u32 gate_up) {
 // Gate and up lie side by side; two hidden columns a thread.
 __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
   float sum[FLIPPED_SUMS];
-  flipped_product(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
+  wide_product<Format, true>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
   b.free_x();
   const bool is_up = b.lane / 4 % 2;  // before it is transposed
   const float factor = scale.alpha() * (is_up ? 0.5f * next.inverse() : 1.0f);

@@ -12,7 +12,7 @@ constexpr int ROWS_NORMED = AREA, TABLE_OUT = ROWS_NORMED + ROWS_PER_BLOCK * TAB
 constexpr int TABLE_IN = TABLE_OUT + ACTION_DIM * TABLE_ROW;
 constexpr int MOST_KEPT = (BARRIERS - TABLE_IN) / TABLE_ROW;
 constexpr int KEPT = ACTION_DIM < MOST_KEPT ? ACTION_DIM : MOST_KEPT;  // rows of TABLE_IN
-constexpr int TABLES_FULL = FULL;                                       // there is no ring here
+constexpr int TABLES_FULL = FULL;                                      // there is no ring here
 
 // By one thread.
 __device__ __forceinline__ void fetch_tables(const Block& b, const Arguments& a) {
