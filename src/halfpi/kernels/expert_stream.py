@@ -18,6 +18,7 @@ BLOCKS = Q_HEADS * PEERS
 QKV_ROWS = (Q_HEADS + 2) * HEAD_DIM
 _CHUNK_BYTES = 16
 _UNIT_BYTES = 16384  # of the ring, in cuda/block.cuh
+_TURNS = {torch.bfloat16: 2, torch.float8_e4m3fn: 1}  # of gate/up, there too
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,19 @@ def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
     """The streams of `layers`: uint8 (blocks, depth, bytes) on `device`.
 
     Block 8 · head + rank has 32 rows of its head's q and 8 of k and v; of out and down 128 rows
-    and its head's eighth of K; of gate_up 128 rows. Below is in which order.
+    and its head's eighth of K; of gate_up 128 rows, those of each turn apart. Below is in which
+    order.
     """
-    sizes = layer_bytes(layers[0].qkv.itemsize)
+    sizes, turns = layer_bytes(layers[0].qkv.itemsize), _TURNS[layers[0].qkv.dtype]
     stream = torch.empty(BLOCKS, len(layers), sum(sizes), dtype=torch.uint8, device=device)
     for index, layer in enumerate(layers):
         tiles = (
             _qkv_tiles(layer.qkv),
             _own_first(_neighbours(_split_tiles(layer.out))),
-            _neighbours(layer.gate_up.unflatten(0, (BLOCKS, -1))),
-            _own_first(_neighbours(_split_tiles(layer.down))),
+            *_neighbours(layer.gate_up.unflatten(0, (BLOCKS, -1))).chunk(turns, 1),
+            *map(_own_first, _by_turn(_neighbours(_split_tiles(layer.down)), turns)),
         )
-        for place, tile in zip(stream[:, index].split(sizes, 1), tiles, strict=True):
-            place.copy_(_chunks_first(tile))
+        torch.cat([_chunks_first(tile) for tile in tiles], 1, out=stream[:, index])
     return stream
 
 
@@ -81,6 +82,11 @@ def _neighbours(tiles: Tensor) -> Tensor:
     """
     neighbours: Tensor = tiles.unflatten(1, (-1, 4, 2, 2))
     return neighbours.transpose(2, 3).flatten(1, 4)
+
+
+def _by_turn(tiles: Tensor, turns: int) -> tuple[Tensor, ...]:
+    """Of `tiles` (blocks, 128, k) the columns that meet the hidden activations of each turn."""
+    return tuple(part.flatten(2) for part in tiles.unflatten(2, (PEERS, turns, -1)).unbind(3))
 
 
 def _own_first(tiles: Tensor) -> Tensor:

@@ -14,12 +14,17 @@ constexpr int ROW_THREADS = CONSUMERS / ROWS_PER_BLOCK;  // of a row of the acti
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
 constexpr int UNIT = 16384;
 constexpr int TILE = 128, TILE_CHUNKS = UNIT / (TILE * 16);
+// Groups multiply gate/up together, or in turns, each for rows and from units of its own, the second half
+// of its units behind the first. Turns take longer, but hidden activations of the first go to peers
+// while the second multiplies. E4M3 has half as many bytes of them, and gains nothing.
+constexpr int TURNS = FP8 ? 1 : GROUPS;
+constexpr int WIDE_TILE = TILE / TURNS, WIDE_CHUNKS = UNIT / (WIDE_TILE * 16);
 constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
 constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
-constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK / TILE_CHUNKS;
+constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK / WIDE_CHUNKS;
 constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
-constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + WIDE_UNITS + DOWN_UNITS) * UNIT;
+constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS) * UNIT;
 constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
 constexpr int HALF_A_TRIP = 350;  // in clocks, of a load from L2
@@ -30,16 +35,16 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
-// activations. Peers push queries and hidden activations to where X was, once this block has told
-// that it is done with it. Averages are staged for peers where queries were.
+// activations, those of each turn where a piece of X was. Peers push queries and hidden activations once
+// this block has told that it is done with what they replace. Averages are staged for peers where queries
+// were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
 constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
 constexpr int QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
 constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, LOG_SUMS = MERGED + ROWS * HEAD * BYTES;
 constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-constexpr int AREA_BYTES = larger(larger(X_BYTES, RECENT_KEYS + RECENT_BYTES),
-                                  HIDDEN + ROWS * MLP / HEADS * BYTES);
+constexpr int AREA_BYTES = larger(X_BYTES, RECENT_KEYS + RECENT_BYTES);
 constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
@@ -54,7 +59,9 @@ static_assert(ACTIONS + 256 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
 constexpr int MERGED_PIECE = ROWS * HEAD / PEERS * BYTES;
-constexpr int HIDDEN_PIECE = ROWS * MLP / BLOCKS * BYTES;
+constexpr int HIDDEN_PIECE = ROWS * MLP / BLOCKS / TURNS * BYTES, HIDDEN_PART = X_BYTES / PIECES;
+static_assert(TURNS == 1 ? PEERS * HIDDEN_PIECE <= X_BYTES : PEERS * HIDDEN_PIECE <= HIDDEN_PART,
+              "hidden activations lie where X was");
 
 struct Arguments {
   const char* stream;  // (block, layer, LAYER_BYTES)
@@ -83,6 +90,9 @@ struct Scale {
   __device__ __forceinline__ float alpha() const { return input * weight; }
   __device__ __forceinline__ float inverse() const { return FP8 ? reciprocal(input) : 1.0f; }
 };
+
+// A piece for peers lies where X was, which they have read the first or second time of a layer; or not.
+enum OverX { FIRST, SECOND, NOT };
 
 // Which rows of the cache and of the actions are keys of a split; all are shared out evenly.
 struct Split {
@@ -124,7 +134,7 @@ __device__ __forceinline__ void all_consumers() { named_barrier(1, CONSUMERS); }
 
 // Peers give an operand in equal pieces. This unit has the piece of `rank`.
 __device__ __forceinline__ int own_unit(int rank, int units) { return rank * units / PEERS; }
-static_assert(PEERS % OUT_UNITS == 0 && PEERS % DOWN_UNITS == 0 && PEERS % KEY_UNITS == 0,
+static_assert(PEERS % OUT_UNITS == 0 && PEERS * TURNS % DOWN_UNITS == 0 && PEERS % KEY_UNITS == 0,
               "a unit has whole pieces, and units are a power of two");
 
 struct Block {
@@ -153,7 +163,14 @@ struct Block {
   // By all that compute: this block is done with X, which it tells all peers.
   __device__ __forceinline__ void free_x() const {
     all_consumers();
-    if (elected()) mbarrier_arrive_at(in_block(shared + X_FREE, 4 * group + warp));
+    tell_peers<4 * GROUPS>(X_FREE, 4 * group + warp);
+  }
+  // By so many warps, of which this is one.
+  template <int WARPS>
+  __device__ __forceinline__ void tell_peers(int barrier, int warp) const {
+    if (!elected()) return;
+#pragma unroll
+    for (int i = 0; i < PEERS; i += WARPS) mbarrier_arrive_at(in_block(shared + barrier, i + warp));
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
@@ -163,8 +180,17 @@ struct Block {
     until_piece_written();
   }
   __device__ __forceinline__ void until_piece_written() const { named_barrier(6, CONSUMERS + 32); }
+  // The same by those of one turn.
+  __device__ __forceinline__ void until_piece_written(int turn) const {
+    named_barrier(6 + turn, CONSUMERS / TURNS + 32);
+  }
   // All threads of a group meet.
   __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }
+  // The second of two groups waits until the first is past the first or second half of its units.
+  __device__ __forceinline__ void await_half(int half) const { named_barrier(8 + half, CONSUMERS); }
+  __device__ __forceinline__ void past_half(int half) const {
+    named_barrier_arrive(8 + half, CONSUMERS);
+  }
 };
 
 __device__ __forceinline__ int place_in_operand(int operand, int row, int column) {

@@ -8,7 +8,7 @@ namespace {
 // What comes to the L2 ahead of the copies of a block's weights, which repeat every step. With fp8
 // that gains nothing.
 struct Ahead {
-  static constexpr int MOST = FP8 ? 0 : 1 << 18, PIECE = 8192, PACE = 115;  // bytes and clocks
+  static constexpr int MOST = FP8 ? 0 : 3 << 16, PIECE = 8192, PACE = 115;  // bytes and clocks
   const char *begin, *end, *next;
   int bytes = 0;
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
       for (int i = 0; i < cached; ++i, unit += UNIT) {
         ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, unit, UNIT, full); });
       }
-      stream(weights + QKV_BYTES, OUT_UNITS + WIDE_UNITS + DOWN_UNITS, UNIT);
+      stream(weights + QKV_BYTES, OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS, UNIT);
     }
   }
 }
@@ -170,21 +170,19 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
   }
 }
 
-// The operand lies where X was, which peers have read the first or second time of a layer; or not.
-enum OverX { FIRST, SECOND, NOT };
-
 // This block's piece of an operand, once it is written, to the same place in all peers: first to
 // those that will multiply it first (FromPeers). No two blocks send to the same peer at a time.
-// barrier: of the first of the operand's units.
+// barrier: of the first of the operand's units. until_written: waits for the piece.
+template <typename UntilWritten>
 __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, int barrier,
-                                      int units, OverX over_x) {
+                                      int units, OverX over_x, UntilWritten until_written) {
   const int pieces = PEERS / units, own = own_unit(b.rank, units);  // of a unit
   if (elected()) {
     for (int unit = 0; unit < units; ++unit) {
       mbarrier_expect(b.shared + barrier + 8 * unit, (pieces - (unit == own)) * bytes);
     }
   }
-  b.until_piece_written();
+  until_written();
   if (over_x != NOT) wait(b.shared + X_FREE, over_x);
   if (!elected()) return;
   const u32 piece = b.shared + operand + b.rank * bytes, full = b.shared + barrier + 8 * own;
@@ -199,9 +197,15 @@ __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, in
 __device__ __forceinline__ void share_pieces(const Block& b) {
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
-    share(b, QUERIES, QUERY_PIECE, QUERIES_FULL, KEY_UNITS, FIRST);
-    share(b, MERGED, MERGED_PIECE, MERGED_FULL, OUT_UNITS, NOT);
-    share(b, HIDDEN, HIDDEN_PIECE, HIDDEN_FULL, DOWN_UNITS, SECOND);
+    const auto by_all = [&] { b.until_piece_written(); };
+    share(b, QUERIES, QUERY_PIECE, QUERIES_FULL, KEY_UNITS, FIRST, by_all);
+    share(b, MERGED, MERGED_PIECE, MERGED_FULL, OUT_UNITS, NOT, by_all);
+    constexpr int UNITS = DOWN_UNITS / TURNS;
+#pragma unroll 1
+    for (int turn = 0; turn < TURNS; ++turn) {
+      share(b, HIDDEN + turn * HIDDEN_PART, HIDDEN_PIECE, HIDDEN_FULL + 8 * UNITS * turn, UNITS, SECOND,
+            [&] { b.until_piece_written(turn); });
+    }
   }
 }
 

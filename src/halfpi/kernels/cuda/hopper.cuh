@@ -79,6 +79,10 @@ struct RingCursor {
     slot += units;
     if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
   }
+  __device__ __forceinline__ void skip(int units) {
+    for (; units > SLOTS; units -= SLOTS) parity ^= 1;
+    advance(units);
+  }
 };
 
 // Whether it has passed at once, where mbarrier_passed may keep the thread for a while.
@@ -244,6 +248,11 @@ __device__ __forceinline__ void fence_copies() {
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same without waiting for the others.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Eight bytes in L2, where other blocks see them; they are stored and loaded as a whole.

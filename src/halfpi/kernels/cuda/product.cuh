@@ -7,6 +7,7 @@ namespace {
 // Where in an operand the K of a unit lies, and waiting for it. X comes in pieces, twice a layer.
 template <int CHUNKS>
 struct PieceOfX {
+  static constexpr int UNITS = PIECE_CHUNKS / CHUNKS;
   int parity;
   using Operand = Swizzled;
   __device__ static __forceinline__ Operand of(u32 address) { return Operand(address); }
@@ -14,12 +15,15 @@ struct PieceOfX {
     return chunk / 8 * LINE_BYTES + chunk % 8 * 16;
   }
   __device__ __forceinline__ int place(int unit) const { return unit; }
+  __device__ __forceinline__ u32 at(int place, int chunk) const {
+    return offset(place * CHUNKS + chunk);
+  }
   __device__ __forceinline__ void wait(const Block& b, int place) const {
-    constexpr int UNITS = PIECE_CHUNKS / CHUNKS;
     if (place % UNITS == 0) exchange::wait(b.shared + X_FULL + 8 * (place / UNITS), parity);
   }
 };
-// Other operands come from peers, and a block begins with its own piece (expert_stream.py).
+// Other operands come from peers, in parts of so many units, and a block begins each with its own piece
+// (expert_stream.py).
 struct FromPeers {
   using Operand = Matrix;
   __device__ static __forceinline__ Operand of(u32 address) {
@@ -29,7 +33,13 @@ struct FromPeers {
   int barrier, last, first;
   __device__ __forceinline__ FromPeers(const Block& b, int barrier, int units)
       : barrier(barrier), last(units - 1), first(own_unit(b.rank, units)) {}
-  __device__ __forceinline__ int place(int unit) const { return (unit + first) & last; }
+  __device__ __forceinline__ int place(int unit) const {
+    return (TURNS > 1 ? unit & ~last : 0) | ((unit + first) & last);
+  }
+  __device__ __forceinline__ u32 at(int place, int chunk) const {
+    if (TURNS == 1) return offset(place * TILE_CHUNKS + chunk);
+    return (place > last ? HIDDEN_PART : 0) + offset((place & last) * TILE_CHUNKS + chunk);
+  }
   __device__ __forceinline__ void wait(const Block& b, int place) const {
     b.wait_for(barrier + 8 * place);
   }
@@ -38,10 +48,16 @@ struct FromPeers {
 // result (64 rows, 2 SUMS) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
 // (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
 // has ROWS_W rows of weights, which count from `column` on, and CHUNKS of K, of which this is one of
-// PARTS. Two units a turn of the loop: the code of more takes longer to fetch than it saves.
-template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int SUMS, typename Source>
+// PARTS. USERS groups multiply it. Two units a turn of the loop: the code of more takes longer to fetch
+// than it saves. then: what is done when a unit is multiplied, but for the last.
+struct Nothing {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int USERS, int SUMS,
+          typename Source, typename Then = Nothing>
 __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int units, int operand,
-                                         int column, int part, Source source) {
+                                         int column, int part, Source source, Then then = {}) {
+  constexpr int SHARE = GROUPS / USERS;  // of what makes a unit free
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) result[i] = 0.0f;
   const typename Source::Operand activations =
@@ -61,14 +77,15 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < CHUNKS; k += 2 * PARTS) {
-        const u64 x = activations.at(Source::offset(place * CHUNKS + k));
+        const u64 x = activations.at(source.at(place, k));
         const u64 w = weights.at(b.ring.slot * UNIT + k * ROWS_W * 16);
         F::mma(result, FLIPPED ? w : x, FLIPPED ? x : w);
       }
       wgmma_commit();
       if (u) {
         wgmma_wait<1>();
-        b.release(held, 1);
+        b.release(held, SHARE);
+        then(u - 1);
       }
       held = b.ring.slot;
       b.ring.advance(1);
@@ -76,7 +93,7 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
   }
   wgmma_wait<0>();
   settle(result);
-  b.release(held, 1);
+  b.release(held, SHARE);
 }
 
 // Of tiles of 128 rows: a group multiplies 64 of them.
@@ -85,7 +102,8 @@ template <typename F, bool FLIPPED, int SUMS, typename Source>
 __device__ __forceinline__ void wide_product(float (&result)[SUMS], Block& b, int units, int operand,
                                              Source source) {
   static_assert(!FLIPPED || SUMS == FLIPPED_SUMS, "rows of actions, in eights");
-  multiply<F, FLIPPED, TILE, TILE_CHUNKS, 1>(result, b, units, operand, 64 * b.group, 0, source);
+  multiply<F, FLIPPED, TILE, TILE_CHUNKS, 1, GROUPS>(result, b, units, operand, 64 * b.group, 0,
+                                                     source);
 }
 
 // Of a flipped product, of row lane / 4 + 8 i, two neighbouring columns of a warp's first or second
@@ -137,8 +155,8 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
     if (finishes(i) && column < HEAD) turns[i].load(b, a, column);  // not values
   }
   float result[QKV_TILE / 2];
-  multiply<Format, false, QKV_TILE, QKV_CHUNKS, GROUPS>(result, b, QKV_UNITS, AREA, 0, b.group,
-                                                        PieceOfX<QKV_CHUNKS>{0});
+  multiply<Format, false, QKV_TILE, QKV_CHUNKS, GROUPS, GROUPS>(
+      result, b, QKV_UNITS, AREA, 0, b.group, PieceOfX<QKV_CHUNKS>{0});
   b.free_x();
   float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
 #pragma unroll
@@ -173,8 +191,9 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   const u32 mark = mark_of(mlp);
   const int units = mlp ? DOWN_UNITS : OUT_UNITS;
   float sum[FLIPPED_SUMS];
-  wide_product<Format, true>(sum, b, units, mlp ? HIDDEN : MERGED,
-                             FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, units));
+  wide_product<Format, true>(
+      sum, b, units, mlp ? HIDDEN : MERGED,
+      FromPeers(b, mlp ? HIDDEN_FULL : MERGED_FULL, mlp ? units / TURNS : units));
   const float alpha = scale.alpha();
   const int column = b.rank * TILE + 64 * b.group + 16 * b.warp + b.lane % 4 * 4;
   char* to = b.buffers + SUMS + b.head * (WIDTH * 2) + column * 2;
@@ -186,6 +205,13 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   }
 }
 
+// What a thread's sums of gate or up, before they are transposed, are multiplied by.
+__device__ __forceinline__ float gate_up_factor(const Block& b, const Scale& scale,
+                                                const Scale& next) {
+  const bool is_up = b.lane / 4 % 2;
+  return scale.alpha() * (is_up ? 0.5f * next.inverse() : 1.0f);
+}
+
 // GELU(gate) · 2 up.
 __device__ __forceinline__ float gated(u32 gate_up) {
   const float gate = low_bf16(gate_up), product = gate * high_bf16(gate_up);
@@ -193,12 +219,11 @@ __device__ __forceinline__ float gated(u32 gate_up) {
 }
 
 // Gate and up lie side by side; two hidden columns a thread.
-__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
+__device__ __forceinline__ void geglu_together(Block& b, const Scale& scale, const Scale& next) {
   float sum[FLIPPED_SUMS];
   wide_product<Format, true>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
   b.free_x();
-  const bool is_up = b.lane / 4 % 2;  // before it is transposed
-  const float factor = scale.alpha() * (is_up ? 0.5f * next.inverse() : 1.0f);
+  const float factor = gate_up_factor(b, scale, next);
   const int column = b.rank * (TILE / 2) + 32 * b.group + 8 * b.warp + b.lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < LINE_ROWS / 8; ++i) {
@@ -208,6 +233,55 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
     if (row < ROWS) store_pair<FP8>(b.shared + place_in_operand(HIDDEN, row, column), first, second);
   }
   b.piece_written();
+}
+
+// The same in turns. A turn's hidden activations replace a piece of X, once the second group is half done,
+// and with it all peers'.
+__device__ __forceinline__ void geglu_in_turns(Block& b, const Scale& scale, const Scale& next) {
+  // The second group must not wait for what replaces a unit in the ring before the first has seen that: in
+  // its first half, and one unit further, until it waits for the first to end.
+  constexpr int LEAD = larger(WIDE_UNITS / 2, 3 * WIDE_UNITS / 2 - SLOTS);
+  using Piece = PieceOfX<WIDE_CHUNKS>;
+  static_assert(LEAD < WIDE_UNITS && TURNS * Piece::UNITS <= WIDE_UNITS / 2,
+                "and half done is past the pieces of X that are replaced");
+  float sum[FLIPPED_SUMS];
+  b.ring.skip(b.group * WIDE_UNITS);
+  if (b.group) b.await_half(0);
+  multiply<Format, true, WIDE_TILE, WIDE_CHUNKS, 1, GROUPS / TURNS>(
+      sum, b, WIDE_UNITS, AREA, 0, 0, Piece{1}, [&](int unit) {
+        if (!b.group || unit != WIDE_UNITS / 2 - 1) return;
+        b.await_half(1);
+        b.tell_peers<4>(X_FREE, b.warp);
+      });
+  if (!b.group) b.past_half(0), b.past_half(1);
+  b.ring.skip((TURNS - 1 - b.group) * WIDE_UNITS);
+  const float factor = gate_up_factor(b, scale, next);
+#pragma unroll
+  for (int i = 0; i < LINE_ROWS / 8; ++i) {
+    sum[2 * i] = gated(flipped_pair(sum, i, 0, factor));
+    sum[2 * i + 1] = gated(flipped_pair(sum, i, 1, factor));
+  }
+  wait(b.shared + X_FREE, SECOND);
+  const int column = b.rank * (WIDE_TILE / 2) + 8 * b.warp + b.lane % 4 * 2;
+  const u32 to = b.shared + HIDDEN + b.group * HIDDEN_PART;
+#pragma unroll
+  for (int i = 0; i < LINE_ROWS / 8; ++i) {
+    const int row = b.lane / 4 + 8 * i;
+    if (row < ROWS) {
+      store_pair<FP8>(place_in_operand(to, row, column), sum[2 * i], sum[2 * i + 1]);
+    }
+  }
+  fence_async_proxy();
+  b.until_piece_written(b.group);
+  all_consumers();
+}
+
+__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
+  if constexpr (TURNS == 1) {
+    geglu_together(b, scale, next);
+  } else {
+    geglu_in_turns(b, scale, next);
+  }
 }
 
 }  // namespace
