@@ -14,9 +14,9 @@ constexpr int ROW_THREADS = CONSUMERS / ROWS_PER_BLOCK;  // of a row of the acti
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
 constexpr int UNIT = 16384;
 constexpr int TILE = 128, TILE_CHUNKS = UNIT / (TILE * 16);
-// Groups multiply gate/up together, or in turns, each for rows and from units of its own, the second half
-// of its units behind the first. Turns take longer, but hidden activations of the first go to peers
-// while the second multiplies. E4M3 has half as many bytes of them, and gains nothing.
+// Groups multiply gate/up together, or in turns, each rows of its own from units of its own. Turns take
+// longer, but hidden activations of the first go to peers while the second multiplies. E4M3 has half as
+// many bytes of them, and gains nothing.
 constexpr int TURNS = FP8 ? 1 : GROUPS;
 constexpr int WIDE_TILE = TILE / TURNS, WIDE_CHUNKS = UNIT / (WIDE_TILE * 16);
 constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
@@ -160,17 +160,18 @@ struct Block {
   __device__ __forceinline__ void release(int slot, int count) const {
     if (lane == 0) mbarrier_arrive(shared + EMPTY + 8 * slot, count);
   }
-  // By all that compute: this block is done with X, which it tells all peers.
-  __device__ __forceinline__ void free_x() const {
-    all_consumers();
-    tell_peers<4 * GROUPS>(X_FREE, 4 * group + warp);
-  }
-  // By so many warps, of which this is one.
+  // By so many warps, of which this is one: nothing here needs what peers will overwrite, which they are
+  // told.
   template <int WARPS>
-  __device__ __forceinline__ void tell_peers(int barrier, int warp) const {
+  __device__ __forceinline__ void free_x(int one) const {
     if (!elected()) return;
 #pragma unroll
-    for (int i = 0; i < PEERS; i += WARPS) mbarrier_arrive_at(in_block(shared + barrier, i + warp));
+    for (int i = 0; i < PEERS; i += WARPS) mbarrier_arrive_at(in_block(shared + X_FREE, i + one));
+  }
+  // By all that compute, when they have met.
+  __device__ __forceinline__ void all_free_x() const {
+    all_consumers();
+    free_x<4 * GROUPS>(4 * group + warp);
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
@@ -186,10 +187,12 @@ struct Block {
   }
   // All threads of a group meet.
   __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }
-  // The second of two groups waits until the first is past the first or second half of its units.
-  __device__ __forceinline__ void await_half(int half) const { named_barrier(8 + half, CONSUMERS); }
-  __device__ __forceinline__ void past_half(int half) const {
-    named_barrier_arrive(8 + half, CONSUMERS);
+  // The second of two groups begins once the first ends its turn.
+  __device__ __forceinline__ void await_turn() const {
+    if (group) named_barrier(8, CONSUMERS);
+  }
+  __device__ __forceinline__ void end_turn() const {
+    if (!group) named_barrier_arrive(8, CONSUMERS);
   }
 };
 

@@ -49,14 +49,17 @@ struct FromPeers {
 // (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
 // has ROWS_W rows of weights, which count from `column` on, and CHUNKS of K, of which this is one of
 // PARTS. USERS groups multiply it. Two units a turn of the loop: the code of more takes longer to fetch
-// than it saves. then: what is done when a unit is multiplied, but for the last.
-struct Nothing {
-  __device__ __forceinline__ void operator()(int) const {}
+// than it saves. progress: is told of each unit but the last that it is multiplied, and that the last is
+// under way.
+struct Untold {
+  __device__ __forceinline__ void multiplied(int) const {}
+  __device__ __forceinline__ void last_begun() const {}
 };
 template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int USERS, int SUMS,
-          typename Source, typename Then = Nothing>
+          typename Source, typename Progress = Untold>
 __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int units, int operand,
-                                         int column, int part, Source source, Then then = {}) {
+                                         int column, int part, Source source,
+                                         Progress progress = {}) {
   constexpr int SHARE = GROUPS / USERS;  // of what makes a unit free
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) result[i] = 0.0f;
@@ -85,12 +88,13 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
       if (u) {
         wgmma_wait<1>();
         b.release(held, SHARE);
-        then(u - 1);
+        progress.multiplied(u - 1);
       }
       held = b.ring.slot;
       b.ring.advance(1);
     }
   }
+  progress.last_begun();
   wgmma_wait<0>();
   settle(result);
   b.release(held, SHARE);
@@ -157,7 +161,7 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   float result[QKV_TILE / 2];
   multiply<Format, false, QKV_TILE, QKV_CHUNKS, GROUPS, GROUPS>(
       result, b, QKV_UNITS, AREA, 0, b.group, PieceOfX<QKV_CHUNKS>{0});
-  b.free_x();
+  b.all_free_x();
   float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
 #pragma unroll
   for (int i = 0; i <= CHUNKS; ++i) {
@@ -205,65 +209,55 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
   }
 }
 
-// What a thread's sums of gate or up, before they are transposed, are multiplied by.
-__device__ __forceinline__ float gate_up_factor(const Block& b, const Scale& scale,
-                                                const Scale& next) {
-  const bool is_up = b.lane / 4 % 2;
-  return scale.alpha() * (is_up ? 0.5f * next.inverse() : 1.0f);
-}
-
 // GELU(gate) · 2 up.
 __device__ __forceinline__ float gated(u32 gate_up) {
   const float gate = low_bf16(gate_up), product = gate * high_bf16(gate_up);
   return fmaf(product, tanh_fast(gelu_argument(gate)), product);
 }
 
-// Gate and up lie side by side; two hidden columns a thread.
-__device__ __forceinline__ void geglu_together(Block& b, const Scale& scale, const Scale& next) {
-  float sum[FLIPPED_SUMS];
-  wide_product<Format, true>(sum, b, WIDE_UNITS, AREA, PieceOfX<TILE_CHUNKS>{1});
-  b.free_x();
-  const float factor = gate_up_factor(b, scale, next);
-  const int column = b.rank * (TILE / 2) + 32 * b.group + 8 * b.warp + b.lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < LINE_ROWS / 8; ++i) {
-    const int row = b.lane / 4 + 8 * i;
-    const float first = gated(flipped_pair(sum, i, 0, factor));
-    const float second = gated(flipped_pair(sum, i, 1, factor));
-    if (row < ROWS) store_pair<FP8>(b.shared + place_in_operand(HIDDEN, row, column), first, second);
-  }
-  b.piece_written();
-}
+// In turns, hidden activations replace a piece of X each, once the second group is past those pieces, here
+// and in all peers. A turn ends when its last unit is there: the next must not wait for what replaces a
+// unit in the ring before the first has seen that.
+struct Turns {
+  using Source = PieceOfX<WIDE_CHUNKS>;
+  const Block& b;
 
-// The same in turns. A turn's hidden activations replace a piece of X, once the second group is half done,
-// and with it all peers'.
-__device__ __forceinline__ void geglu_in_turns(Block& b, const Scale& scale, const Scale& next) {
-  // The second group must not wait for what replaces a unit in the ring before the first has seen that: in
-  // its first half, and one unit further, until it waits for the first to end.
-  constexpr int LEAD = larger(WIDE_UNITS / 2, 3 * WIDE_UNITS / 2 - SLOTS);
-  using Piece = PieceOfX<WIDE_CHUNKS>;
-  static_assert(LEAD < WIDE_UNITS && TURNS * Piece::UNITS <= WIDE_UNITS / 2,
-                "and half done is past the pieces of X that are replaced");
+  __device__ __forceinline__ void multiplied(int unit) const {
+    if (TURNS == 1 || unit != TURNS * Source::UNITS - 1 || b.group != GROUPS - 1) return;
+    b.together();
+    b.free_x<4>(b.warp);
+  }
+  __device__ __forceinline__ void last_begun() const {
+    if (TURNS > 1) b.end_turn();
+  }
+};
+
+// Gate and up lie side by side; two hidden columns a thread.
+__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
+  constexpr int COLUMNS = WIDE_TILE / 2;  // of a turn
+  const int turn = TURNS > 1 ? b.group : 0, group = TURNS > 1 ? 0 : b.group;  // of the turn
   float sum[FLIPPED_SUMS];
-  b.ring.skip(b.group * WIDE_UNITS);
-  if (b.group) b.await_half(0);
+  if (TURNS > 1) {
+    b.ring.skip(turn * WIDE_UNITS);
+    b.await_turn();
+  }
   multiply<Format, true, WIDE_TILE, WIDE_CHUNKS, 1, GROUPS / TURNS>(
-      sum, b, WIDE_UNITS, AREA, 0, 0, Piece{1}, [&](int unit) {
-        if (!b.group || unit != WIDE_UNITS / 2 - 1) return;
-        b.await_half(1);
-        b.tell_peers<4>(X_FREE, b.warp);
-      });
-  if (!b.group) b.past_half(0), b.past_half(1);
-  b.ring.skip((TURNS - 1 - b.group) * WIDE_UNITS);
-  const float factor = gate_up_factor(b, scale, next);
+      sum, b, WIDE_UNITS, AREA, 64 * group, 0, Turns::Source{1}, Turns{b});
+  if (TURNS > 1) {
+    b.ring.skip((TURNS - 1 - turn) * WIDE_UNITS);
+  } else {
+    b.all_free_x();
+  }
+  const bool is_up = b.lane / 4 % 2;  // before it is transposed
+  const float factor = scale.alpha() * (is_up ? 0.5f * next.inverse() : 1.0f);
 #pragma unroll
   for (int i = 0; i < LINE_ROWS / 8; ++i) {
     sum[2 * i] = gated(flipped_pair(sum, i, 0, factor));
     sum[2 * i + 1] = gated(flipped_pair(sum, i, 1, factor));
   }
-  wait(b.shared + X_FREE, SECOND);
-  const int column = b.rank * (WIDE_TILE / 2) + 8 * b.warp + b.lane % 4 * 2;
-  const u32 to = b.shared + HIDDEN + b.group * HIDDEN_PART;
+  if (TURNS > 1) wait(b.shared + X_FREE, SECOND);
+  const int column = b.rank * COLUMNS + 32 * group + 8 * b.warp + b.lane % 4 * 2;
+  const u32 to = b.shared + HIDDEN + turn * HIDDEN_PART;
 #pragma unroll
   for (int i = 0; i < LINE_ROWS / 8; ++i) {
     const int row = b.lane / 4 + 8 * i;
@@ -272,16 +266,8 @@ __device__ __forceinline__ void geglu_in_turns(Block& b, const Scale& scale, con
     }
   }
   fence_async_proxy();
-  b.until_piece_written(b.group);
-  all_consumers();
-}
-
-__device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale& next) {
-  if constexpr (TURNS == 1) {
-    geglu_together(b, scale, next);
-  } else {
-    geglu_in_turns(b, scale, next);
-  }
+  b.until_piece_written(turn);
+  if (TURNS > 1) all_consumers();
 }
 
 }  // namespace
