@@ -18,7 +18,7 @@ BLOCKS = Q_HEADS * PEERS
 QKV_ROWS = (Q_HEADS + 2) * HEAD_DIM
 _CHUNK_BYTES = 16
 _UNIT_BYTES = 16384  # of the ring, in cuda/block.cuh
-_TURNS = {torch.bfloat16: 2, torch.float8_e4m3fn: 1}  # of gate/up, there too
+_TURNS = {torch.bfloat16: 2, torch.float8_e4m3fn: 1}  # in which gate/up is multiplied
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,8 @@ struct FromPeers {
 // result (64 rows, 2 SUMS) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
 // (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
 // has ROWS_W rows of weights, which count from `column` on, and CHUNKS of K, of which this is one of
-// PARTS. USERS groups multiply it. Two units a turn of the loop: the code of more takes longer to fetch
-// than it saves. progress: is told of each unit but the last that it is multiplied, and that the last is
-// under way.
+// PARTS. USERS groups multiply it. Two units an iteration: four are slower. progress: is told of each unit
+// but the last that it is multiplied, and that the last is under way.
 struct Untold {
   __device__ __forceinline__ void multiplied(int) const {}
   __device__ __forceinline__ void last_begun() const {}
@@ -267,7 +266,7 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
   }
   fence_async_proxy();
   b.until_piece_written(turn);
-  if (TURNS > 1) all_consumers();
+  if (TURNS > 1) all_consumers();  // what they wrote is an operand of all
 }
 
 }  // namespace
