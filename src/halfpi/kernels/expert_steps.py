@@ -29,6 +29,7 @@ from halfpi.kernels.expert_stream import (
     PEERS,
     Q_HEADS,
     QKV_ROWS,
+    TURNS,
     WIDTH,
     ExpertLayer,
     pack,
@@ -116,6 +117,7 @@ class ExpertSizes:
             "DEPTH": self.depth,
             "ACTION_DIM": self.action_dim,
             "FP8": int(self.precision == FP8),
+            "TURNS": TURNS[self.precision],
             "BUFFER_BYTES": self.buffer_bytes,
             "SHARED_BYTES": _SHARED_BYTES,
         }

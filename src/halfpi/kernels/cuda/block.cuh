@@ -14,10 +14,9 @@ constexpr int ROW_THREADS = CONSUMERS / ROWS_PER_BLOCK;  // of a row of the acti
 // Tiles of weights: rows, and 16-byte chunks of K in a unit of the ring.
 constexpr int UNIT = 16384;
 constexpr int TILE = 128, TILE_CHUNKS = UNIT / (TILE * 16);
-// Groups multiply gate/up together, or in turns, each rows of its own from units of its own. Turns take
-// longer, but hidden activations of the first go to peers while the second multiplies. E4M3 has half as
-// many bytes of them, and gains nothing.
-constexpr int TURNS = FP8 ? 1 : GROUPS;
+// Groups multiply gate/up together, or in TURNS, each rows of its own from units of its own. Hidden
+// activations of the first then go to peers while the second multiplies.
+static_assert(TURNS == 1 || TURNS == GROUPS, "all groups, or each after the other");
 constexpr int WIDE_TILE = TILE / TURNS, WIDE_CHUNKS = UNIT / (WIDE_TILE * 16);
 constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
 constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
@@ -59,9 +58,9 @@ static_assert(ACTIONS + 256 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
 constexpr int MERGED_PIECE = ROWS * HEAD / PEERS * BYTES;
-constexpr int HIDDEN_PIECE = ROWS * MLP / BLOCKS / TURNS * BYTES, HIDDEN_PART = X_BYTES / PIECES;
-static_assert(TURNS == 1 ? PEERS * HIDDEN_PIECE <= X_BYTES : PEERS * HIDDEN_PIECE <= HIDDEN_PART,
-              "hidden activations lie where X was");
+constexpr int HIDDEN_PIECE = ROWS * MLP / BLOCKS / TURNS * BYTES;
+constexpr int HIDDEN_PART = TURNS > 1 ? X_BYTES / PIECES : X_BYTES;  // of X, that a turn's replace
+static_assert(PEERS * HIDDEN_PIECE <= HIDDEN_PART, "hidden activations lie where X was");
 
 struct Arguments {
   const char* stream;  // (block, layer, LAYER_BYTES)
@@ -175,24 +174,23 @@ struct Block {
   }
   // For an operand that this layer has once.
   __device__ __forceinline__ void wait_for(int barrier) const { wait(shared + barrier, layer & 1); }
-  // By all that compute and the warp that shares: this block's piece of an operand is written.
-  __device__ __forceinline__ void piece_written() const {
+  // By all that compute, or those of a turn, and the warp that shares: this block's piece of an operand
+  // is written.
+  __device__ __forceinline__ void piece_written(int turns = 1, int turn = 0) const {
     fence_async_proxy();
-    until_piece_written();
+    until_piece_written(turns, turn);
   }
-  __device__ __forceinline__ void until_piece_written() const { named_barrier(6, CONSUMERS + 32); }
-  // The same by those of one turn.
-  __device__ __forceinline__ void until_piece_written(int turn) const {
-    named_barrier(6 + turn, CONSUMERS / TURNS + 32);
+  __device__ __forceinline__ void until_piece_written(int turns, int turn) const {
+    named_barrier(6 + turn, CONSUMERS / turns + 32);
   }
   // All threads of a group meet.
   __device__ __forceinline__ void together() const { named_barrier(4 + group, 128); }
-  // The second of two groups begins once the first ends its turn.
+  // If there are turns, the second of two groups begins once the first ends its own.
   __device__ __forceinline__ void await_turn() const {
-    if (group) named_barrier(8, CONSUMERS);
+    if (TURNS > 1 && group) named_barrier(8, CONSUMERS);
   }
   __device__ __forceinline__ void end_turn() const {
-    if (!group) named_barrier_arrive(8, CONSUMERS);
+    if (TURNS > 1 && !group) named_barrier_arrive(8, CONSUMERS);
   }
 };
 

@@ -106,10 +106,10 @@ struct Warp {
     __syncwarp();
   }
 
-  // The first `rows` of what is staged to where they belong.
-  __device__ __forceinline__ void copy_out(const Outputs& to, long row, int rows,
-                                           int column) const {
+  // The first `rows` of what is staged, of the product's columns from `first` on, to where they belong.
+  __device__ __forceinline__ void copy_out(const Outputs& to, long row, int rows, int first) const {
     constexpr int CHUNKS = OUT_WIDTH / CHUNK;
+    const int column = EPILOGUE == GATED ? first / 2 : first;
 #pragma unroll 4
     for (int i = lane; i < 16 * CHUNKS; i += 32) {
       const int at = i / CHUNKS, chunk = i % CHUNKS;

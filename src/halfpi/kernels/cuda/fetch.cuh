@@ -170,19 +170,18 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
   }
 }
 
-// This block's piece of an operand, once it is written, to the same place in all peers: first to
-// those that will multiply it first (FromPeers). No two blocks send to the same peer at a time.
-// barrier: of the first of the operand's units. until_written: waits for the piece.
-template <typename UntilWritten>
+// This block's piece of an operand, once it is written (in a turn of several), to the same place in all
+// peers: first to those that will multiply it first (FromPeers). No two blocks send to the same peer at
+// a time. barrier: of the first of the operand's units.
 __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, int barrier,
-                                      int units, OverX over_x, UntilWritten until_written) {
+                                      int units, OverX over_x, int turns = 1, int turn = 0) {
   const int pieces = PEERS / units, own = own_unit(b.rank, units);  // of a unit
   if (elected()) {
     for (int unit = 0; unit < units; ++unit) {
       mbarrier_expect(b.shared + barrier + 8 * unit, (pieces - (unit == own)) * bytes);
     }
   }
-  until_written();
+  b.until_piece_written(turns, turn);
   if (over_x != NOT) wait(b.shared + X_FREE, over_x);
   if (!elected()) return;
   const u32 piece = b.shared + operand + b.rank * bytes, full = b.shared + barrier + 8 * own;
@@ -197,14 +196,13 @@ __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, in
 __device__ __forceinline__ void share_pieces(const Block& b) {
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
-    const auto by_all = [&] { b.until_piece_written(); };
-    share(b, QUERIES, QUERY_PIECE, QUERIES_FULL, KEY_UNITS, FIRST, by_all);
-    share(b, MERGED, MERGED_PIECE, MERGED_FULL, OUT_UNITS, NOT, by_all);
+    share(b, QUERIES, QUERY_PIECE, QUERIES_FULL, KEY_UNITS, FIRST);
+    share(b, MERGED, MERGED_PIECE, MERGED_FULL, OUT_UNITS, NOT);
     constexpr int UNITS = DOWN_UNITS / TURNS;
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; ++turn) {
       share(b, HIDDEN + turn * HIDDEN_PART, HIDDEN_PIECE, HIDDEN_FULL + 8 * UNITS * turn, UNITS, SECOND,
-            [&] { b.until_piece_written(turn); });
+            TURNS, turn);
     }
   }
 }

@@ -79,6 +79,7 @@ struct RingCursor {
     slot += units;
     if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
   }
+  // Any number, but not once a unit: it would take longer.
   __device__ __forceinline__ void skip(int units) {
     for (; units > SLOTS; units -= SLOTS) parity ^= 1;
     advance(units);

@@ -179,7 +179,7 @@ struct Held {
     }
     if (part + 1 == PARTS) {
       __syncwarp();
-      epilogue.copy_out(to, row, rows, column / 2);
+      epilogue.copy_out(to, row, rows, column);
     }
   }
 };
@@ -252,8 +252,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
       } else {
         if (ONE_TILE) named_barrier(1, 128 * GROUPS);
         epilogue.stage(sums, row, tile.column, to, times, factor);
-        const int column = EPILOGUE == GATED ? tile.column / 2 : tile.column;
-        epilogue.copy_out(to, tile.split * m + row, most - row, column);
+        epilogue.copy_out(to, tile.split * m + row, most - row, tile.column);
       }
     }
     if (HELD) {

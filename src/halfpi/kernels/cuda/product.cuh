@@ -45,15 +45,17 @@ struct FromPeers {
   }
 };
 
-// result (64 rows, 2 SUMS) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
-// (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
-// has ROWS_W rows of weights, which count from `column` on, and CHUNKS of K, of which this is one of
-// PARTS. USERS groups multiply it. Two units an iteration: four are slower. progress: is told of each unit
-// but the last that it is multiplied, and that the last is under way.
+// What a product tells nobody: of each unit but the last that it is multiplied, and that the last is under
+// way.
 struct Untold {
   __device__ __forceinline__ void multiplied(int) const {}
   __device__ __forceinline__ void last_begun() const {}
 };
+
+// result (64 rows, 2 SUMS) = operand · the ring's next units, an even number; or, FLIPPED, its transpose
+// (64 weights, LINE_ROWS), in which the tensor cores do not multiply 64 rows where fewer are. A unit
+// has ROWS_W rows of weights, which count from `column` on, and CHUNKS of K, of which this is one of
+// PARTS. USERS groups multiply it. Two units an iteration: four are slower. progress: see Untold.
 template <typename F, bool FLIPPED, int ROWS_W, int CHUNKS, int PARTS, int USERS, int SUMS,
           typename Source, typename Progress = Untold>
 __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int units, int operand,
@@ -99,8 +101,9 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
   b.release(held, SHARE);
 }
 
-// Of tiles of 128 rows: a group multiplies 64 of them.
 constexpr int FLIPPED_SUMS = LINE_ROWS / 2;
+
+// Of tiles of 128 rows: a group multiplies 64 of them.
 template <typename F, bool FLIPPED, int SUMS, typename Source>
 __device__ __forceinline__ void wide_product(float (&result)[SUMS], Block& b, int units, int operand,
                                              Source source) {
@@ -226,9 +229,7 @@ struct Turns {
     b.together();
     b.free_x<4>(b.warp);
   }
-  __device__ __forceinline__ void last_begun() const {
-    if (TURNS > 1) b.end_turn();
-  }
+  __device__ __forceinline__ void last_begun() const { b.end_turn(); }
 };
 
 // Gate and up lie side by side; two hidden columns a thread.
@@ -236,10 +237,8 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
   constexpr int COLUMNS = WIDE_TILE / 2;  // of a turn
   const int turn = TURNS > 1 ? b.group : 0, group = TURNS > 1 ? 0 : b.group;  // of the turn
   float sum[FLIPPED_SUMS];
-  if (TURNS > 1) {
-    b.ring.skip(turn * WIDE_UNITS);
-    b.await_turn();
-  }
+  if (TURNS > 1) b.ring.skip(turn * WIDE_UNITS);
+  b.await_turn();
   multiply<Format, true, WIDE_TILE, WIDE_CHUNKS, 1, GROUPS / TURNS>(
       sum, b, WIDE_UNITS, AREA, 64 * group, 0, Turns::Source{1}, Turns{b});
   if (TURNS > 1) {
@@ -264,8 +263,7 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
       store_pair<FP8>(place_in_operand(to, row, column), sum[2 * i], sum[2 * i + 1]);
     }
   }
-  fence_async_proxy();
-  b.until_piece_written(turn);
+  b.piece_written(TURNS, turn);
   if (TURNS > 1) all_consumers();  // what they wrote is an operand of all
 }
 

@@ -121,12 +121,12 @@ using Swizzled = SwizzledLines<128>;
 // Of all widths that a tile, or rows of actions, may have.
 #define PRODUCTS(shape, flags) \
   PRODUCT(mma, 8, shape, 4, 5, flags) \
-  PRODUCT(mma, 24, shape, 12, 13, flags) \
-  PRODUCT(mma, 40, shape, 20, 21, flags) \
-  PRODUCT(mma, 56, shape, 28, 29, flags) \
   PRODUCT(mma, 16, shape, 8, 9, flags) \
+  PRODUCT(mma, 24, shape, 12, 13, flags) \
   PRODUCT(mma, 32, shape, 16, 17, flags) \
+  PRODUCT(mma, 40, shape, 20, 21, flags) \
   PRODUCT(mma, 48, shape, 24, 25, flags) \
+  PRODUCT(mma, 56, shape, 28, 29, flags) \
   PRODUCT(mma, 64, shape, 32, 33, flags) \
   PRODUCT(mma, 80, shape, 40, 41, flags) \
   PRODUCT(mma, 96, shape, 48, 49, flags) \
