@@ -76,16 +76,14 @@ struct Attention {
     settle(logits);
   }
 
-  // Each group has the units with its dimensions. The last tile's go to peers, each while the next
-  // is multiplied.
+  // Each group has the units with its dimensions. The last tile's go to peers one after the other, each while
+  // the other group multiplies.
   __device__ __forceinline__ void add_values(Block& b, bool last) {
     const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
-    int slots[PARTS];
     Cursor unit = b.ring;
     unit.advance(PARTS * b.group);
 #pragma unroll
     for (int part = 0; part < PARTS; ++part, unit.advance(1)) {
-      slots[part] = unit.slot;
       b.wait_full(unit);
       __syncwarp();
       settle(average[part]);
@@ -101,29 +99,26 @@ struct Attention {
                           RECENT_SLOTS * 16);
       Bf16::mma_transposed(average[part], weights.at(TILE / 8 * 1024), recent.at(0));
       wgmma_commit();
+      if (part == 0) {
+        for (int g = 0; g < GROUPS; ++g) {
+          for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
+        }
+      }
+      wgmma_wait<0>();
+      settle(average[part]);
+      b.release(unit.slot, GROUPS);
+      if (last) send(b, part);
     }
-    b.ring.advance(KEY_UNITS);  // and while that is under way:
-    for (int g = 0; g < GROUPS; ++g) {
-      for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
-    }
-    static_assert(PARTS == 2, "one is multiplied while the other is sent");
-    wgmma_wait<1>();
-    settle(average[0]);
-    b.release(slots[0], GROUPS);
-    if (last) send<0>(b);
-    wgmma_wait<0>();
-    settle(average[1]);
-    b.release(slots[1], GROUPS);
-    if (last) send<1>(b);
+    b.ring.advance(KEY_UNITS);
   }
 
-  // The averages of a part, of which four peers merge sixteen dimensions each, and once log-sums.
-  template <int PART>
-  __device__ __forceinline__ void send(const Block& b) const {
+  // The averages of a part, of which four peers merge sixteen dimensions each, and once log-sums. Blocks begin
+  // with different peers: what all send to the same one comes one after the other.
+  __device__ __forceinline__ void send(const Block& b, int part) const {
     constexpr int BYTES_OF_PART = AVERAGE_PIECE / PARTS;
-    const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + PART * BYTES_OF_PART;
-    store_average<ROWS>(average[PART], total, to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
-    if (PART == 0) {
+    const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + part * BYTES_OF_PART;
+    store_average<ROWS>(average[part], total, to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
+    if (part == 0) {
       float log_sum[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) log_sum[i] = log_sum_of(highest[i], LOGIT_SCALE, total[i]);
@@ -132,11 +127,11 @@ struct Attention {
     fence_async_proxy();
     b.together();
     if (!elected()) return;
-    const int peer = 4 * b.group + b.warp;
+    const int which = (b.warp + b.rank) & 3, peer = 4 * b.group + which;
     const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
-    bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE + PART * BYTES_OF_PART, peer),
-              to + b.warp * AVERAGE_PIECE, BYTES_OF_PART, full);
-    if (PART) return;
+    bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE + part * BYTES_OF_PART, peer),
+              to + which * AVERAGE_PIECE, BYTES_OF_PART, full);
+    if (part) return;
     bulk_push(in_block(b.shared + LOG_SUMS + b.rank * 256, peer),
               b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256, 256, full);
     if (peer == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + 256));

@@ -54,7 +54,7 @@ __device__ __forceinline__ bool has_mark(Word v, u32 mark) { return (v.low & 1) 
 constexpr u32 BLANK = ~0u;
 
 // Counters, 128 bytes apart.
-enum Counter { ROWS_DONE, RECENT_DONE, COUNTERS };
+enum Counter { ROWS_DONE, RECENT_DONE, LAID_OUT, COUNTERS };
 
 __device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
 

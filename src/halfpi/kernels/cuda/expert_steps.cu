@@ -75,7 +75,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
     if (b.index >= BLOCKS) fetch_tables(b, a);
   }
   if (b.index == 0 && b.thread < COUNTERS) *place(counters, b.thread) = 0;
-  lay_out_cache(a, b);
+  lay_out_first(a, b);
   if (b.thread < 64 && b.index < BLOCKS) blank_recent(b, b.warp);
   __syncthreads();
   if (b.thread == 0) meet(place(counters, COUNTERS));
@@ -83,7 +83,11 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   fence_copies();
 
   if (b.index >= BLOCKS) {
-    if (b.thread < CONSUMERS) update_row(b, a);
+    if (b.thread < CONSUMERS) {
+      update_row(b, a);
+    } else {
+      lay_out_others(a, b);
+    }
   } else if (b.group < GROUPS) {
     compute(b, a);
   } else if (b.warp == 0) {

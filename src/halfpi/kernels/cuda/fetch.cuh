@@ -10,12 +10,13 @@ namespace {
 struct Ahead {
   static constexpr int MOST = FP8 ? 0 : 3 << 16, PIECE = 8192, PACE = 115;  // bytes and clocks
   const char *begin, *end, *next;
+  u64 once;
   int bytes = 0;
 
   __device__ __forceinline__ bool wants_more() const { return bytes < MOST; }
   __device__ __forceinline__ void fetch() {
     const int size = end - next < PIECE ? end - next : PIECE;
-    if (elected()) bulk_prefetch(next, size, policy_evict_first());
+    if (elected()) bulk_prefetch(next, size, once);
     next += size, bytes += size;
     if (next == end) next = begin;
     pause(PACE);  // faster, it is in the way of others
@@ -25,6 +26,9 @@ struct Ahead {
     if (bytes < 0) bytes = 0, next = unit + size == end ? begin : unit + size;
   }
 };
+
+// Warps of a block with rows that lay out cached keys and values, see lay_out_others.
+constexpr int LAYING = (THREADS - CONSUMERS) / 32;
 
 // A warp's place in the ring when it fills it.
 struct Filler {
@@ -50,7 +54,7 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
   const u64 once = policy_evict_first();  // all clusters read the cache, one block its weights
   const int cached = key_tiles(b.prefix) * 2 * KEY_UNITS;
   const char* begin = a.stream + long(b.index) * DEPTH * LAYER_BYTES;
-  Filler ring{b.shared, {begin, begin + long(DEPTH) * LAYER_BYTES, begin}};
+  Filler ring{b.shared, {begin, begin + long(DEPTH) * LAYER_BYTES, begin, once}};
   auto stream = [&](const char* unit, int units, u32 bytes) {
 #pragma unroll 1
     for (int i = 0; i < units; ++i, unit += bytes) {
@@ -62,6 +66,7 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
     const char* weights = begin;
     for (int layer = 0; layer < DEPTH; ++layer, weights += LAYER_BYTES) {
       stream(weights, QKV_UNITS, QKV_UNIT);
+      if (step == 0) await(b.counters, LAID_OUT, layer * LAYING * (gridDim.x - BLOCKS));
       const char* unit = a.cache + (layer * PEERS + b.rank) * long(cached) * UNIT;
 #pragma unroll 1
       for (int i = 0; i < cached; ++i, unit += UNIT) {
@@ -207,17 +212,16 @@ __device__ __forceinline__ void share_pieces(const Block& b) {
   }
 }
 
-// Keys and values of the prefix as units of the ring, behind a split's keys zeros. A warp moves
-// pieces of four chunks of eight keys, several at a time.
-__device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b) {
+// A warp's share of laying out keys and values of the prefix as units of the ring, behind a split's keys
+// zeros, for one layer. It moves pieces of four chunks of eight keys, several at a time.
+__device__ __forceinline__ void lay_out(const Arguments& a, const Block& b, int layer, int warp, int warps) {
   constexpr int AT_A_TIME = 8;
-  const int tiles = key_tiles(b.prefix), warps = gridDim.x * THREADS / 32;
-  const int pieces = DEPTH * PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
+  const int tiles = key_tiles(b.prefix);
+  const int pieces = PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
   const auto key = [&](int piece) { return piece % 16 * 8 + b.lane % 8; };
   const auto chunk = [&](int piece) { return piece / 16 % 8 * 4 + b.lane / 8; };
   const auto load = [&](int piece) {
-    const int tile = piece / 128, rank = tile / 2 / tiles % PEERS;
-    const long layer = tile / 2 / tiles / PEERS;
+    const int tile = piece / 128, rank = tile / 2 / tiles;
     const Split split(rank, b.prefix);
     const int place = tile / 2 % tiles * TILE + key(piece);
     if (piece >= pieces || place >= split.keys) return make_uint4(0, 0, 0, 0);
@@ -228,8 +232,9 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
     const long row = layer * a.capacity + split.first + place;
     return *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);
   };
+  char* const laid_out = a.cache + long(layer) * PEERS * tiles * 2 * (TILE * HEAD * 2);
 #pragma unroll 1
-  for (int i = b.index * (THREADS / 32) + b.thread / 32; i < pieces; i += AT_A_TIME * warps) {
+  for (int i = warp; i < pieces; i += AT_A_TIME * warps) {
     uint4 v[AT_A_TIME];
 #pragma unroll
     for (int j = 0; j < AT_A_TIME; ++j) v[j] = load(i + j * warps);
@@ -237,8 +242,27 @@ __device__ __forceinline__ void lay_out_cache(const Arguments& a, const Block& b
     for (int j = 0; j < AT_A_TIME; ++j) {
       const int piece = i + j * warps;
       if (piece >= pieces) break;
-      char* to = a.cache + piece / 128 * (TILE * HEAD * 2l);
+      char* to = laid_out + piece / 128 * (TILE * HEAD * 2);
       *reinterpret_cast<uint4*>(to + (chunk(piece) * TILE + key(piece)) * 16) = v[j];
+    }
+  }
+}
+
+// The first layer, by all warps of the launch before they meet.
+__device__ __forceinline__ void lay_out_first(const Arguments& a, const Block& b) {
+  lay_out(a, b, 0, b.index * (THREADS / 32) + b.thread / 32, gridDim.x * (THREADS / 32));
+}
+
+// The other layers, while those before are computed, by warps that have nothing else to do.
+__device__ __forceinline__ void lay_out_others(const Arguments& a, const Block& b) {
+  const int warps = (gridDim.x - BLOCKS) * LAYING;
+#pragma unroll 1
+  for (int layer = 1; layer < DEPTH; ++layer) {
+    lay_out(a, b, layer, (b.index - BLOCKS) * LAYING + b.warp, warps);
+    __syncwarp();
+    if (elected()) {
+      __threadfence();
+      arrive(b.counters, LAID_OUT);
     }
   }
 }

@@ -6,7 +6,7 @@
 namespace {
 
 // Shared memory of such a block: normed rows, and of the projections from and to actions as many rows
-// as fit. Others come from the L2, once a step.
+// as fit. Others come from the L2 or memory, once a step.
 constexpr int TABLE_ROW = WIDTH * 4;
 constexpr int ROWS_NORMED = AREA, TABLE_OUT = ROWS_NORMED + ROWS_PER_BLOCK * TABLE_ROW;
 constexpr int TABLE_IN = TABLE_OUT + ACTION_DIM * TABLE_ROW;
@@ -26,12 +26,16 @@ __device__ __forceinline__ void fetch_tables(const Block& b, const Arguments& a)
 struct Row {
   static constexpr int WORDS = WIDTH / 4 / ROW_THREADS;  // of four columns, that a thread has
   static constexpr int WARPS = ROW_THREADS / 32;
-  int index, thread;                                     // of the row's threads
+  // Rows of TABLE_IN that are not kept, but held in registers. Two rows a block leave too few of those.
+  static constexpr int HELD = WORDS == 1 ? ACTION_DIM - KEPT : 0;
+  int index, thread;  // of the row's threads
   float* squares;
   float* actions;
   float4* hidden;
   const float *table_in, *table_out;
   float4 x[WORDS], gate[WORDS], scale[WORDS], shift[WORDS], bias_in[WORDS];
+  float4 held[larger(HELD, 1)];
+  float inverse_scale;  // of the operand that the next norm gives
   // Of the dimension of the action that this thread moves, if it does.
   int moved;
   float bias_out = 0.0f, weight = 0.0f, target = 0.0f;
@@ -59,7 +63,7 @@ struct Row {
     return reinterpret_cast<const float4*>(table)[thread + word * ROW_THREADS];
   }
 
-  // Of norm `norm` and the update before it, before waiting for the update.
+  // What norm `norm` and the update before it need, before waiting for the update.
   __device__ void load(const Block& b, const Arguments& a, int step, int norm) {
     const int time = index < b.decided ? STEPS : step;
     const float* modulation = a.modulations + long(time * (2 * DEPTH + 1) + norm) * 3 * WIDTH;
@@ -68,13 +72,13 @@ struct Row {
       scale[i] = at(modulation, i), shift[i] = at(modulation + WIDTH, i);
       if (norm) gate[i] = at(modulation - WIDTH, i);
     }
+    inverse_scale = Scale(a, step, norm < 2 * DEPTH ? norm : 0, 0).inverse();
   }
 
-  // Rows of the table of actions that are not kept, to the L2 before they are needed.
-  __device__ void fetch_others(const Arguments& a) const {
-    if (KEPT == ACTION_DIM || thread) return;
-    bulk_prefetch(reinterpret_cast<const char*>(a.weight_in + KEPT * WIDTH),
-                  (ACTION_DIM - KEPT) * TABLE_ROW);
+  // From the L2 or memory, long before they are needed.
+  __device__ void load_held(const Arguments& a) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) held[i] = at(a.weight_in + (KEPT + i) * WIDTH, 0);
   }
   __device__ void embed(const Arguments& a) {
 #pragma unroll
@@ -87,7 +91,9 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < KEPT; ++i) add(actions[i], at(table_in + i * WIDTH, word));
 #pragma unroll
-      for (int i = KEPT; i < ACTION_DIM; ++i) add(actions[i], at(a.weight_in + i * WIDTH, word));
+      for (int i = 0; i < HELD; ++i) add(actions[KEPT + i], held[i]);
+#pragma unroll
+      for (int i = KEPT + HELD; i < ACTION_DIM; ++i) add(actions[i], at(a.weight_in + i * WIDTH, word));
       x[word] = sum;
     }
   }
@@ -95,7 +101,7 @@ struct Row {
   // Until one of the sums is there, of some columns of a warp. Those that come during a nap need no
   // loads of their own.
   __device__ void await_some(const char* sums, u32 mark) const {
-    constexpr int LANES = 32 / HEADS, NAP = 400;  // of a cluster's sums, and nanoseconds
+    constexpr int LANES = 32 / HEADS, NAP = 300;  // of a cluster's sums, and nanoseconds
     const int lane = thread % 32;
     const char* one = sums + lane / LANES * (WIDTH * 2) - (lane - lane % LANES) * 8;
     Watchdog watchdog;
@@ -191,8 +197,7 @@ struct Row {
   }
 
   // To all blocks, as operands; and what they had before becomes blank.
-  __device__ void publish(const Block& b, const float4 (&y)[WORDS], float inverse_scale,
-                          int half) const {
+  __device__ void publish(const Block& b, const float4 (&y)[WORDS], int half) const {
     char* now = b.buffers + X + half % 2 * X_BYTES;
     char* other = b.buffers + X + (half + 1) % 2 * X_BYTES;
 #pragma unroll
@@ -267,21 +272,23 @@ __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
   if (row.thread < ACTION_DIM) row.actions[row.thread] = given[row.thread];
   row.together();
   wait(b.shared + TABLES_FULL, 0);
+  row.load_held(a);
+  row.load(b, a, 0, 0);
   for (int step = 0; step < STEPS; ++step) {
     const float gain = a.gains[step];
     row.embed(a);
 #pragma unroll 1
     for (int half = 0;; ++half) {
       const bool last = half == 2 * DEPTH;
-      row.load(b, a, step, half);
-      const float inverse_scale = Scale(a, step, last ? 0 : half, 0).inverse();
-      if (last) row.fetch_others(a);
+      if (half) row.load(b, a, step, half);
+      if (last) row.load_held(a);
       if (half) row.add(b, half % 2 == 0);
       if (!last) row.announce(b);
       row.norm(y);
       if (last) break;
-      row.publish(b, y, inverse_scale, half);
+      row.publish(b, y, half);
     }
+    if (step + 1 < STEPS) row.load(b, a, step + 1, 0);
     row.move(b, y, step, gain);
   }
   if (row.thread < ACTION_DIM) given[row.thread] = row.actions[row.thread];
