@@ -15,6 +15,8 @@
 // written to one, and knows that the other is read, makes that BLANK again, and all of it is there
 // before he adds to the counter again.
 //
+// LAID_OUT counts warps that have laid out a layer of the cache, once all of it is there.
+//
 // No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly
 // or through others, for all that read it before.
 #pragma once
