@@ -2,10 +2,13 @@
 
     python benchmarks/tune.py linear geglu --only prefill
     python benchmarks/tune.py linear split_linear --only vision --rows 512
+    python benchmarks/tune.py geglu --only prefill --between
 
 Candidates are first compiled, run and held to the error rule, in processes of their own: one that
 does not fit, is wrong or crashes is left out with a note. Then each is timed in a CUDA graph, with
 weights rotated so that they come from memory, as in a model; activations stay in the L2, as there.
+With `--between` the fastest few of them are then compared where they will run, between the other
+stages of an engine that never rests: there the clock depends on the power that all stages take.
 """
 
 from __future__ import annotations
@@ -24,12 +27,19 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from halfpi.config import PRESETS
 from halfpi.kernels import specs, tuned
-from halfpi.kernels.spec import Case, Device, KernelSpec, Launch, Problem, error_ratio
+from halfpi.kernels.spec import FP8, Case, Device, KernelSpec, Launch, Problem, error_ratio
+from halfpi.perf import cases
+from halfpi.perf.bench import stage_calls
+from halfpi.perf.engines import engine_config, make_subject
+from halfpi.perf.synthetic import random_model
+from halfpi.perf.timing import measure
 
 TABLES = Path(tuned.__file__).parent / "tuned"
 # Weights in rotation: more than the L2 of any GPU holds.
@@ -37,7 +47,11 @@ ROTATED_BYTES = 160_000_000
 # Launches in one graph, and replays of it.
 LAUNCHES, REPLAYS = 60, 7
 MAX_ERROR_RATIO = 2.0
-# Kernel, index of the case, its rows if not its own, index of the launch.
+# Launches that are compared between stages, how often in turn, and runs of all stages each time:
+# before those as many again, in which the clock follows.
+FINALISTS, TURNS, RUNS = 5, 5, 40
+# Kernel, index of the case, its rows if not its own; and index of the launch.
+CaseKey = tuple[str, int, int | None]
 Candidate = tuple[str, int, int | None, int]
 
 
@@ -46,11 +60,18 @@ def main() -> None:
     torch.cuda.init()
     device = Device.of(torch.device("cuda"))
     todo = list(candidates(options.kernels, options.only, options.rows, device))
+    if options.between:
+        for key in dict.fromkeys(one[:3] for one in todo):
+            engine_case(key[0], case_of(key))
     print(f"{len(todo)} candidates on {torch.cuda.get_device_name()}", flush=True)
     good = [one for one, note in checked(todo, options.processes) if note is None]
     results = []
     for case_key, group in itertools.groupby(good, key=lambda one: one[:3]):
-        results.append(fastest(case_key, group, device))
+        entries = ranked(case_key, group, device)
+        if options.between:
+            case = engine_case(case_key[0], case_of(case_key))
+            entries = ranked_between(entries[:FINALISTS], case, device)
+        results.append(entries[0])
         write_table(device.capability, results)
 
 
@@ -75,12 +96,16 @@ def with_rows(case: Case, rows: int | None) -> Case:
     return dataclasses.replace(case, sizes={**case.sizes, "m": rows, "valid": rows})
 
 
+def case_of(key: CaseKey) -> Case:
+    """The case that `key` numbers."""
+    name, index, rows = key
+    return with_rows(specs()[name].cases[index], rows)
+
+
 def found(candidate: Candidate, device: Device) -> tuple[KernelSpec[Any], Case, Launch]:
     """The kernel, case and launch that `candidate` numbers."""
-    name, index, rows, number = candidate
-    spec = specs()[name]
-    case = with_rows(spec.cases[index], rows)
-    return spec, case, spec.candidates(case, device)[number]
+    spec, case = specs()[candidate[0]], case_of(candidate[:3])
+    return spec, case, spec.candidates(case, device)[candidate[3]]
 
 
 def check(candidate: Candidate) -> str | None:
@@ -116,32 +141,73 @@ def checked(todo: list[Candidate], processes: int) -> Iterator[tuple[Candidate, 
     for one in todo:
         if notes[one] is not None:
             _, case, launch = found(one, device)
-            print(f"left out: {one[0]} {case} {_knobs(launch)}: {notes[one]}", flush=True)
+            print(f"left out: {one[0]} {case} {launch}: {notes[one]}", flush=True)
     return ((one, notes[one]) for one in todo)
 
 
-def fastest(
-    case_key: tuple[str, int, int | None], group: Iterable[Candidate], device: Device
-) -> tuned.Entry:
-    """Time the launches of one case; the fastest, which the table keeps."""
-    name, index, rows = case_key
-    case = with_rows(specs()[name].cases[index], rows)
-    times = {}
+def ranked(case_key: CaseKey, group: Iterable[Candidate], device: Device) -> list[tuned.Entry]:
+    """The launches of one case as entries of the table, the fastest first."""
+    name, case, entries = case_key[0], case_of(case_key), []
     for candidate in group:
-        spec, case, launch = found(candidate, device)
-        times[launch] = microseconds(spec.problem(case, launch, torch.device("cuda")))
-    ranked = sorted(times, key=lambda launch: times[launch])
-    for launch in ranked[:4] + ranked[4:][-1:]:
-        print(f"{name:12} {case!s:44} {times[launch]:8.2f} µs  {_knobs(launch)}", flush=True)
+        spec, _, launch = found(candidate, device)
+        problem = spec.problem(case, launch, torch.device("cuda"))
+        entries.append(entry_of(name, case, launch, microseconds(problem)))
+    entries.sort(key=lambda entry: entry.microseconds)
+    for entry in entries[:4] + entries[4:][-1:]:
+        print(f"{name:12} {case!s:44} {entry.microseconds:8.2f} µs  {_knobs(entry)}", flush=True)
+    return entries
+
+
+def entry_of(name: str, case: Case, launch: Launch, measured: float) -> tuned.Entry:
+    """What the table says of `launch`, which took `measured` microseconds."""
     return tuned.Entry(
         kernel=name,
         sizes=tuned.kept_sizes(case),
         dtype=str(case.dtype),
         out_dtype=str(case.out_dtype),
-        launch=dataclasses.asdict(ranked[0]),
-        microseconds=round(times[ranked[0]], 2),
+        launch=dataclasses.asdict(launch),
+        microseconds=round(measured, 2),
         device=torch.cuda.get_device_name(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def ranked_between(
+    entries: list[tuned.Entry], case: cases.Case, device: Device
+) -> list[tuned.Entry]:
+    """`entries` by the time of all stages of an engine of `case`, the least first."""
+    model = random_model(PRESETS[case.model], device="cuda", dtype="bfloat16")
+    calls = []
+    for entry in entries:
+        table = tuple(replaced(device.capability, [entry]).values())
+        with mock.patch.object(tuned, "entries", lambda _, table=table: table):
+            subject = make_subject(model, case, engine_config(case, "triton"))
+        calls.append({"all stages": stage_calls(subject, case)["total"]})
+    totals: list[list[float]] = [[] for _ in entries]
+    with torch.inference_mode():
+        for _ in range(TURNS):
+            for times, call in zip(totals, calls, strict=True):
+                (timed,) = measure(call, "cuda", repeats=RUNS, warm_ups=RUNS).values()
+                times.append(timed.p50)
+    order = sorted(range(len(entries)), key=lambda index: statistics.median(totals[index]))
+    for index in order:
+        total = statistics.median(totals[index])
+        print(f"{entries[index].kernel:12} {total:8.3f} ms of all stages  {_knobs(entries[index])}")
+    return [entries[index] for index in order]
+
+
+def engine_case(kernel: str, case: Case) -> cases.Case:
+    """What an engine runs that has `kernel` at `case`: its rows are cameras and prompt tokens.
+
+    Raises ValueError when they are not even one camera's, as those of denoising.
+    """
+    standard = cases.standard_case("fp8" if case.dtype == FP8 else "bf16")
+    rows, per_camera = case.sizes.get("m", 0), PRESETS[standard.model].tokens_per_image
+    if rows < per_camera:
+        raise ValueError(f"between stages rows must be {per_camera} or more, got {kernel} {case}")
+    cameras, tokens = divmod(rows, per_camera)
+    return dataclasses.replace(
+        standard, cameras=cameras, prompt_tokens=tokens or standard.prompt_tokens
     )
 
 
@@ -183,7 +249,7 @@ def graph_milliseconds(run: Callable[[], None]) -> float:
 def write_table(capability: int, results: list[tuned.Entry]) -> None:
     """Put `results` in the place of what the table had for the same cases."""
     path = TABLES / f"sm_{capability}.json"
-    kept = {_place(entry): entry for entry in (*tuned.entries(capability), *results)}
+    kept = replaced(capability, results)
     lines = (json.dumps(dataclasses.asdict(kept[place])) for place in sorted(kept))
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -191,13 +257,19 @@ def write_table(capability: int, results: list[tuned.Entry]) -> None:
     unfinished.replace(path)
 
 
+def replaced(
+    capability: int, results: list[tuned.Entry]
+) -> dict[tuple[str, str, str, str], tuned.Entry]:
+    """The table by case, with `results` in the place of what it had for the same cases."""
+    return {_place(entry): entry for entry in (*tuned.entries(capability), *results)}
+
+
 def _place(entry: tuned.Entry) -> tuple[str, str, str, str]:
     return entry.kernel, json.dumps(entry.sizes), entry.dtype, entry.out_dtype
 
 
-def _knobs(launch: Launch) -> str:
-    fields = dataclasses.asdict(launch).items()
-    return " ".join(f"{name}={value}" for name, value in fields)
+def _knobs(entry: tuned.Entry) -> str:
+    return " ".join(f"{name}={value}" for name, value in entry.launch.items())
 
 
 def _options() -> argparse.Namespace:
@@ -205,6 +277,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("kernels", nargs="*", help="names of kernels, all without any")
     parser.add_argument("--only", default="", help="a part of the names of cases")
     parser.add_argument("--rows", type=int, help="of tokens, instead of those of the cases")
+    parser.add_argument(
+        "--between", action="store_true", help="compare the fastest few between an engine's stages"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     return parser.parse_args()
 
