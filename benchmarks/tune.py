@@ -60,17 +60,15 @@ def main() -> None:
     torch.cuda.init()
     device = Device.of(torch.device("cuda"))
     todo = list(candidates(options.kernels, options.only, options.rows, device))
-    if options.between:
-        for key in dict.fromkeys(one[:3] for one in todo):
-            engine_case(key[0], case_of(key))
+    keys = {one[:3] for one in todo} if options.between else set()
+    engine_cases = {key: engine_case(key[0], case_of(key)) for key in keys}
     print(f"{len(todo)} candidates on {torch.cuda.get_device_name()}", flush=True)
     good = [one for one, note in checked(todo, options.processes) if note is None]
     results = []
     for case_key, group in itertools.groupby(good, key=lambda one: one[:3]):
         entries = ranked(case_key, group, device)
         if options.between:
-            case = engine_case(case_key[0], case_of(case_key))
-            entries = ranked_between(entries[:FINALISTS], case, device)
+            entries = ranked_between(entries[:FINALISTS], engine_cases[case_key], device)
         results.append(entries[0])
         write_table(device.capability, results)
 
@@ -179,20 +177,22 @@ def ranked_between(
     model = random_model(PRESETS[case.model], device="cuda", dtype="bfloat16")
     calls = []
     for entry in entries:
-        table = tuple(replaced(device.capability, [entry]).values())
+        table = table_with(device.capability, [entry])
         with mock.patch.object(tuned, "entries", lambda _, table=table: table):
             subject = make_subject(model, case, engine_config(case, "triton"))
         calls.append({"all stages": stage_calls(subject, case)["total"]})
-    totals: list[list[float]] = [[] for _ in entries]
-    with torch.inference_mode():
-        for _ in range(TURNS):
-            for times, call in zip(totals, calls, strict=True):
-                (timed,) = measure(call, "cuda", repeats=RUNS, warm_ups=RUNS).values()
-                times.append(timed.p50)
-    order = sorted(range(len(entries)), key=lambda index: statistics.median(totals[index]))
+    turns: list[list[float]] = [[] for _ in entries]
+    for _ in range(TURNS):
+        for times, call in zip(turns, calls, strict=True):
+            (timed,) = measure(call, "cuda", repeats=RUNS, warm_ups=RUNS).values()
+            times.append(timed.p50)
+    totals = [statistics.median(times) for times in turns]
+    order = sorted(range(len(entries)), key=totals.__getitem__)
     for index in order:
-        total = statistics.median(totals[index])
-        print(f"{entries[index].kernel:12} {total:8.3f} ms of all stages  {_knobs(entries[index])}")
+        entry = entries[index]
+        print(
+            f"{entry.kernel:12} {totals[index]:8.3f} ms of all stages  {_knobs(entry)}", flush=True
+        )
     return [entries[index] for index in order]
 
 
@@ -249,19 +249,17 @@ def graph_milliseconds(run: Callable[[], None]) -> float:
 def write_table(capability: int, results: list[tuned.Entry]) -> None:
     """Put `results` in the place of what the table had for the same cases."""
     path = TABLES / f"sm_{capability}.json"
-    kept = replaced(capability, results)
-    lines = (json.dumps(dataclasses.asdict(kept[place])) for place in sorted(kept))
+    lines = (json.dumps(dataclasses.asdict(entry)) for entry in table_with(capability, results))
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     unfinished.replace(path)
 
 
-def replaced(
-    capability: int, results: list[tuned.Entry]
-) -> dict[tuple[str, str, str, str], tuned.Entry]:
-    """The table by case, with `results` in the place of what it had for the same cases."""
-    return {_place(entry): entry for entry in (*tuned.entries(capability), *results)}
+def table_with(capability: int, results: list[tuned.Entry]) -> tuple[tuned.Entry, ...]:
+    """The table in order, with `results` in the place of what it had for the same cases."""
+    kept = {_place(entry): entry for entry in (*tuned.entries(capability), *results)}
+    return tuple(kept[place] for place in sorted(kept))
 
 
 def _place(entry: tuned.Entry) -> tuple[str, str, str, str]:

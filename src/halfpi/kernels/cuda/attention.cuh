@@ -76,8 +76,8 @@ struct Attention {
     settle(logits);
   }
 
-  // Each group has the units with its dimensions. The last tile's go to peers one after the other, each while
-  // the other group multiplies.
+  // Each group has the units with its dimensions. The last tile's go to peers one after the other, each as
+  // soon as it is there.
   __device__ __forceinline__ void add_values(Block& b, bool last) {
     const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
     Cursor unit = b.ring;
@@ -99,7 +99,7 @@ struct Attention {
                           RECENT_SLOTS * 16);
       Bf16::mma_transposed(average[part], weights.at(TILE / 8 * 1024), recent.at(0));
       wgmma_commit();
-      if (part == 0) {
+      if (part == 0) {  // while that is under way:
         for (int g = 0; g < GROUPS; ++g) {
           for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
         }
