@@ -29,7 +29,6 @@ from halfpi.kernels.expert_stream import (
     PEERS,
     Q_HEADS,
     QKV_ROWS,
-    TURNS,
     WIDTH,
     ExpertLayer,
     pack,
@@ -39,6 +38,7 @@ from halfpi.kernels.spec import FP8, check
 NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
 _LONGEST = 64  # horizon: the rows of a tile
+_FEW = 16  # rows, as in cuda/exchange.cuh
 _THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 4  # 128 bytes apart
@@ -87,6 +87,15 @@ class ExpertSizes:
         return 1 if self.horizon <= _ROW_BLOCKS else 2
 
     @property
+    def turns(self) -> int:
+        """In which gate/up is multiplied.
+
+        Two take longer, but half of the hidden activations travels meanwhile, which pays for those
+        of many rows in bfloat16.
+        """
+        return 2 if self.horizon > _FEW and self.precision == torch.bfloat16 else 1
+
+    @property
     def blocks(self) -> int:
         """Of a launch, in whole clusters."""
         row_blocks = -(-self.horizon // self.rows_per_block)
@@ -117,7 +126,7 @@ class ExpertSizes:
             "DEPTH": self.depth,
             "ACTION_DIM": self.action_dim,
             "FP8": int(self.precision == FP8),
-            "TURNS": TURNS[self.precision],
+            "TURNS": self.turns,
             "BUFFER_BYTES": self.buffer_bytes,
             "SHARED_BYTES": _SHARED_BYTES,
         }
@@ -258,7 +267,7 @@ class ExpertSteps:
         _check_weights(sizes, layers, action, input_scales, weight_scales)
         self.sizes = sizes
         self._capacity = capacity
-        self._stream = pack(layers, device)
+        self._stream = pack(layers, sizes.turns, device)
         self._constants = [
             action.weight_in.T.contiguous().to(device),
             *(part.to(device) for part in (action.bias_in, action.weight_out, action.bias_out)),

@@ -18,9 +18,6 @@ BLOCKS = Q_HEADS * PEERS
 QKV_ROWS = (Q_HEADS + 2) * HEAD_DIM
 _CHUNK_BYTES = 16
 _UNIT_BYTES = 16384  # of the ring, in cuda/block.cuh
-# In which gate/up is multiplied. Two take longer, but half of the hidden activations travels
-# meanwhile; E4M3 has half as many bytes of them, and gains nothing.
-TURNS = {torch.bfloat16: 2, torch.float8_e4m3fn: 1}
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,16 @@ def layer_bytes(itemsize: int) -> tuple[int, int, int, int]:
     return qkv, out, wide, down
 
 
-def pack(layers: Sequence[ExpertLayer], device: torch.device) -> Tensor:
+def pack(layers: Sequence[ExpertLayer], turns: int, device: torch.device) -> Tensor:
     """The streams of `layers`: uint8 (blocks, depth, bytes) on `device`.
+
+    turns: in which gate/up is multiplied.
 
     Block 8 · head + rank has 32 rows of its head's q and 8 of k and v; of out and down 128 rows
     and its head's eighth of K; of gate_up 128 rows, those of each turn apart. Below is in which
     order.
     """
-    sizes, turns = layer_bytes(layers[0].qkv.itemsize), TURNS[layers[0].qkv.dtype]
+    sizes = layer_bytes(layers[0].qkv.itemsize)
     stream = torch.empty(BLOCKS, len(layers), sum(sizes), dtype=torch.uint8, device=device)
     for index, layer in enumerate(layers):
         tiles = (

@@ -16,7 +16,7 @@ constexpr int UNIT = 16384;
 constexpr int TILE = 128, TILE_CHUNKS = UNIT / (TILE * 16);
 // Groups multiply gate/up together, or in TURNS, each rows of its own from units of its own. Hidden
 // activations of the first then go to peers while the second multiplies.
-static_assert(TURNS == 1 || TURNS == GROUPS, "all groups, or each after the other");
+static_assert(TURNS == 1 || TURNS == GROUPS && !FEW, "all groups, or each after the other");
 constexpr int WIDE_TILE = TILE / TURNS, WIDE_CHUNKS = UNIT / (WIDE_TILE * 16);
 constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
 constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
@@ -24,7 +24,8 @@ constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK
 constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS) * UNIT;
-constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
+// X comes in pieces, so that the rest of many rows comes while the first are multiplied.
+constexpr int PIECES = FEW ? 1 : 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;
 
 constexpr int HALF_A_TRIP = 250;  // in clocks, of a load from L2 at its fastest
 constexpr float EPS = 1e-6f;
@@ -33,13 +34,19 @@ using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// Of attention: numbers of each row, and all those that a block works with (attention_few.cuh,
+// attention_many.cuh).
+constexpr int WARPS = 4 * GROUPS, STATISTIC = 64 * 4;
+constexpr int STATISTICS_BYTES = (FEW ? 3 * WARPS + 2 : 3 * GROUPS) * STATISTIC;
+
 // Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
 // activations, those of each turn where a piece of X was. Peers push queries and hidden activations once
 // this block has told that it is done with what they replace. Averages are staged for peers where queries
 // were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
-constexpr int STATISTICS = WEIGHTS + (TILE + 16) * 64 * 2;
-constexpr int QUERIES = STATISTICS + 3 * GROUPS * 64 * 4;
+constexpr int WEIGHED = TILE + 16;  // keys of a tile, those of actions, and zeros
+constexpr int STATISTICS = WEIGHTS + WEIGHED * (FEW ? LINE_ROWS : 64) * 2;
+constexpr int QUERIES = STATISTICS + STATISTICS_BYTES;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
 constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, LOG_SUMS = MERGED + ROWS * HEAD * BYTES;
 constexpr int RECENT_KEYS = LOG_SUMS + PEERS * 256, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;

@@ -15,7 +15,13 @@
 // written to one, and knows that the other is read, makes that BLANK again, and all of it is there
 // before he adds to the counter again.
 //
+// Keys and values of few rows are loaded again and again instead, until nothing is BLANK. Then the
+// counter tells that all which is not new is BLANK.
+//
 // LAID_OUT counts warps that have laid out a layer of the cache, once all of it is there.
+//
+// All counters count once for each exchange, or layer, and nobody counts for one before he has seen
+// that all have counted for the one before: else who is early would stand in for who is late.
 //
 // No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly
 // or through others, for all that read it before.
@@ -26,6 +32,7 @@ namespace exchange {
 using namespace hopper;
 
 constexpr int ROWS = HORIZON;
+constexpr bool FEW = ROWS <= 16;  // what is faster for those is not for more
 constexpr int WIDTH = 1024, MLP = 4096, HEADS = 8, HEAD = 256;
 constexpr int PEERS = 8, BLOCKS = HEADS * PEERS;  // a cluster has one head
 constexpr int BYTES = FP8 ? 1 : 2;                // of an operand

@@ -95,7 +95,11 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   } else if (b.warp == 1) {
     fetch_rows(b);
   } else if (b.warp == 2) {
-    fetch_recent(b);
+    if (FEW) {
+      poll_recent(b);
+    } else {
+      fetch_recent(b);
+    }
   } else {
     share_pieces(b);
   }

@@ -158,7 +158,48 @@ __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
   if (elected()) __threadfence();
 }
 
-// Keys and values of the actions.
+// Keys and values of few actions, by a warp, that loads them again until they are there. Of many rows that
+// is so much that a counter and a copy take less time.
+__device__ __forceinline__ void poll_recent(const Block& b) {
+  constexpr int COUNT = RECENT_BYTES / 512;  // loads of 16 bytes a thread
+  const auto there = [](const uint4& v) {
+    return v.x != BLANK & v.y != BLANK & v.z != BLANK & v.w != BLANK;
+  };
+  const bool is_row = b.lane % RECENT_SLOTS < Split(b.rank, b.prefix).recent;
+  // What no action fills is multiplied by zero, and must be finite.
+  const u32 before = is_row ? BLANK : 0;
+#pragma unroll 1
+  for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
+    wait(b.shared + RECENT_STORED, layer & 1);
+    await(b.counters, RECENT_DONE, layer * BLOCKS);
+    const char* from = b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES + b.lane * 16;
+    uint4 v[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] = make_uint4(before, before, before, before);
+    Watchdog watchdog;
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) load_chunk_unless(there(v[i]), v[i], from + i * 512);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) all &= there(v[i]);
+      all = __all_sync(~0u, all);
+      watchdog.check();
+    } while (!all);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      store_shared(b.shared + RECENT_KEYS + i * 512 + b.lane * 16, v[i]);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (elected()) mbarrier_arrive(b.shared + RECENT_FULL, 1);
+    blank_recent(b, layer + 1);
+    if (elected()) arrive(b.counters, RECENT_DONE);
+  }
+}
+
+// The same of many.
 __device__ __forceinline__ void fetch_recent(const Block& b) {
   u32 parity = 0;
 #pragma unroll 1
@@ -262,6 +303,7 @@ __device__ __forceinline__ void lay_out_others(const Arguments& a, const Block& 
     __syncwarp();
     if (elected()) {
       __threadfence();
+      await(b.counters, LAID_OUT, (layer - 1) * warps);
       arrive(b.counters, LAID_OUT);
     }
   }

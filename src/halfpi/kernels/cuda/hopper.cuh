@@ -292,6 +292,17 @@ __device__ __forceinline__ void load_word_unless(bool loaded, u64& word, const v
       : "memory");
 }
 
+// The same of 16 bytes, which are loaded as four words.
+__device__ __forceinline__ void load_chunk_unless(bool loaded, uint4& v, const void* from) {
+  asm volatile(
+      "{\n.reg .pred missing;\n"
+      "setp.eq.u32 missing, %5, 0;\n"
+      "@missing ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<u32>(loaded))
+      : "memory");
+}
+
 // A constant, loaded here and not where it is used.
 __device__ __forceinline__ float load_early(const float* from) {
   float v;

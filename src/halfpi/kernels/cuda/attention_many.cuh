@@ -1,0 +1,114 @@
+// Attention of many rows of the actions, see attention.cuh. They are the 64 rows of a product of the tensor
+// cores, and keys or dimensions its columns. A thread has two rows, the second eight further on.
+#pragma once
+#include "attention_shares.cuh"
+
+namespace {
+
+// Sums or maxima of all groups: each gives (64,), of which a thread wants two rows.
+__device__ __forceinline__ void give(const Block& b, int statistic, const float (&v)[2]) {
+  float* to = b.floats(STATISTICS) + (statistic * GROUPS + b.group) * 64 + b.row;
+  if (b.lane % 4 == 0) to[0] = v[0], to[8] = v[1];
+}
+__device__ __forceinline__ float taken(const Block& b, int statistic, int group, int row) {
+  return b.floats(STATISTICS)[(statistic * GROUPS + group) * 64 + row];
+}
+enum Statistic { HIGHEST, TOTAL, LOG_SUM };
+
+struct AttentionOfMany {
+  static constexpr int KEYS = TILE / GROUPS;        // of a group
+  float average[PARTS][32] = {};  // of this thread's rows: dimensions 64 · (PARTS · group + part) …
+  float highest[2] = {-infinity(), -infinity()}, total[2] = {};
+
+  // A tile of keys from the cache, and after the last one the keys of actions, which the last group
+  // takes.
+  __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
+    const Split split(b.rank, b.prefix);
+    float logits[KEYS / 2], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
+    wide_product<Bf16, false>(logits, b, KEY_UNITS, QUERIES,
+                              FromPeers(b, QUERIES_FULL, KEY_UNITS));
+    find_top<KEYS>(logits, b.lane, split.keys - tile * TILE - KEYS * b.group, top);
+    b.wait_for(RECENT_FULL);
+    const bool has_recent = last && b.group == GROUPS - 1;
+    if (has_recent) {
+      recent_logits(recent, b);
+      find_top<RECENT_SLOTS>(recent, b.lane, split.recent, top);
+    }
+    top[0] = over_quad(top[0], true), top[1] = over_quad(top[1], true);
+    give(b, HIGHEST, top);
+    all_consumers();
+    float base[2], sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      for (int g = 0; g < GROUPS; ++g) top[i] = fmaxf(top[i], taken(b, HIGHEST, g, b.row + 8 * i));
+      base[i] = base_of(top[i], LOGIT_SCALE);
+      if (tile) shrink(average, total, i, exp2_fast(highest[i] * LOGIT_SCALE - base[i]));
+      highest[i] = top[i];
+    }
+    const u32 to = b.shared + WEIGHTS + b.row * 16 + b.lane % 4 * 4;
+    store_weights<KEYS>(logits, LOGIT_SCALE, base, to + KEYS / 8 * b.group * 1024, sum);
+    if (has_recent) store_weights<RECENT_SLOTS>(recent, LOGIT_SCALE, base, to + TILE / 8 * 1024, sum);
+    // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
+    if (b.thread < (last ? 64 : 128)) {
+      const int chunk = TILE / 8 + 1 - b.thread / 64;
+      store_shared(b.shared + WEIGHTS + chunk * 1024 + b.thread % 64 * 16, make_uint4(0, 0, 0, 0));
+    }
+    sum[0] = over_quad(sum[0], false), sum[1] = over_quad(sum[1], false);
+    give(b, TOTAL, sum);
+    fence_async_proxy();
+    all_consumers();
+    add_values(b, last);
+  }
+
+  // Each group has the units with its dimensions. The last tile's go to peers one after the other, each as
+  // soon as it is there.
+  __device__ __forceinline__ void add_values(Block& b, bool last) {
+    const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
+    Cursor unit = b.ring;
+    unit.advance(PARTS * b.group);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part, unit.advance(1)) {
+      b.wait_full(unit);
+      __syncwarp();
+      settle(average[part]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < TILE / 8; k += 2) {
+        Bf16::mma_transposed(average[part], weights.at(k * 1024),
+                             values.at(unit.slot * UNIT + k * 128));
+      }
+      Bf16::mma_transposed(average[part], weights.at(TILE / 8 * 1024), recent_values(b, part));
+      wgmma_commit();
+      if (part == 0) {  // while that is under way:
+        for (int g = 0; g < GROUPS; ++g) {
+          for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
+        }
+      }
+      wgmma_wait<0>();
+      settle(average[part]);
+      b.release(unit.slot, GROUPS);
+      if (last) send(b, part);
+    }
+    b.ring.advance(KEY_UNITS);
+  }
+
+  // The averages of a part, of which four peers merge sixteen dimensions each, and once log-sums. Blocks begin
+  // with different peers: what all send to the same one comes one after the other.
+  __device__ __forceinline__ void send(const Block& b, int part) const {
+    const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + part * PART_BYTES;
+    store_average<ROWS>(average[part], total, to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
+    if (part == 0) {
+      float log_sum[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) log_sum[i] = log_sum_of(highest[i], LOGIT_SCALE, total[i]);
+      give(b, LOG_SUM, log_sum);
+    }
+    fence_async_proxy();
+    b.together();
+    if (!elected()) return;
+    const int peer = 4 * b.group + ((b.warp + b.rank) & 3);
+    push_averages(b, peer, part, b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256);
+  }
+};
+
+}  // namespace

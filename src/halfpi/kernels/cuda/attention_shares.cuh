@@ -1,0 +1,44 @@
+// What attention of few and of many rows have in common: keys and values of the actions, and what goes to
+// peers.
+#pragma once
+#include "product.cuh"
+#include "softmax.cuh"
+
+namespace {
+
+constexpr int PARTS = KEY_UNITS / GROUPS;  // of a group's dimensions, each a unit of values
+constexpr int PART_BYTES = AVERAGE_PIECE / PARTS;
+
+// Of all rows with the keys of actions: a thread has two neighbours of b.row and of the row eight further on.
+__device__ __forceinline__ void recent_logits(float (&logits)[4], const Block& b) {
+  const Matrix queries(b.shared + QUERIES, ROWS * 16, 128);
+  const Matrix keys(b.shared + RECENT_KEYS, RECENT_SLOTS * 16, 0);
+  settle(logits);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < HEAD / 8; k += 2) {
+    Bf16::mma(logits, queries.at(k * ROWS * 16), keys.at(k * RECENT_SLOTS * 16));
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  settle(logits);
+}
+
+// Of 16 keys: both halves are the same eight, the second with weights of 0.
+__device__ __forceinline__ u64 recent_values(const Block& b, int part) {
+  const int chunk = 8 * (PARTS * b.group + part);
+  return Matrix(b.shared + RECENT_VALUES + chunk * RECENT_SLOTS * 16, 0, RECENT_SLOTS * 16).at(0);
+}
+
+// By one thread: a part of the averages of which `peer` merges sixteen dimensions, and once log-sums
+// of all rows.
+__device__ __forceinline__ void push_averages(const Block& b, int peer, int part, u32 log_sums) {
+  const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
+  bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE + part * PART_BYTES, peer),
+            b.shared + STAGED + peer * AVERAGE_PIECE + part * PART_BYTES, PART_BYTES, full);
+  if (part) return;
+  bulk_push(in_block(b.shared + LOG_SUMS + b.rank * STATISTIC, peer), log_sums, STATISTIC, full);
+  if (peer == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + STATISTIC));
+}
+
+}  // namespace
