@@ -41,7 +41,7 @@ _LONGEST = 64  # horizon: the rows of a tile
 _FEW = 16  # rows, as in cuda/exchange.cuh
 _THREADS = 384
 _SHARED_BYTES = 232_448
-_COUNTERS = 4  # 128 bytes apart
+_COUNTERS = 3 * 32  # words, before those of layers (cuda/exchange.cuh)
 _MULTIPROCESSORS = 132
 _CLUSTERS = 15  # of eight blocks, which run at a time on so many
 _ROW_BLOCKS = _CLUSTERS * PEERS - BLOCKS
@@ -280,7 +280,7 @@ class ExpertSteps:
         self._buffers = torch.zeros(sizes.buffer_bytes, dtype=torch.uint8, device=device)
         self._buffers[: 2 * sizes.row_bytes] = 0xFF  # nothing is there (cuda/exchange.cuh)
         self._cache = torch.empty(sizes.cache_bytes(capacity), dtype=torch.uint8, device=device)
-        self._counters = torch.zeros(32 * _COUNTERS, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(_COUNTERS + sizes.depth, dtype=torch.int32, device=device)
         self._kernel = load("expert_steps", sizes.defines(), device, _THREADS, cooperative=True)
 
     def __call__(

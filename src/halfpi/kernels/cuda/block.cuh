@@ -16,7 +16,7 @@ constexpr int UNIT = 16384;
 constexpr int TILE = 128, TILE_CHUNKS = UNIT / (TILE * 16);
 // Groups multiply gate/up together, or in TURNS, each rows of its own from units of its own. Hidden
 // activations of the first then go to peers while the second multiplies.
-static_assert(TURNS == 1 || TURNS == GROUPS && !FEW, "all groups, or each after the other");
+static_assert(TURNS == 1 || TURNS == GROUPS, "all groups, or each after the other");
 constexpr int WIDE_TILE = TILE / TURNS, WIDE_CHUNKS = UNIT / (WIDE_TILE * 16);
 constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
 constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
@@ -24,8 +24,7 @@ constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK
 constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS) * UNIT;
-// X comes in pieces, so that the rest of many rows comes while the first are multiplied.
-constexpr int PIECES = FEW ? 1 : 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;
+constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
 constexpr int HALF_A_TRIP = 250;  // in clocks, of a load from L2 at its fastest
 constexpr float EPS = 1e-6f;

@@ -18,10 +18,9 @@
 // Keys and values of few rows are loaded again and again instead, until nothing is BLANK. Then the
 // counter tells that all which is not new is BLANK.
 //
-// LAID_OUT counts warps that have laid out a layer of the cache, once all of it is there.
-//
-// All counters count once for each exchange, or layer, and nobody counts for one before he has seen
-// that all have counted for the one before: else who is early would stand in for who is late.
+// These counters count on, and nobody counts for an exchange before he has seen that all have counted
+// for the one before: else who is early would stand in for who is late. LAID_OUT, of warps that have
+// laid out their share of a layer of the cache, has a counter for each layer.
 //
 // No buffer needs another copy: whoever writes one again, or makes it BLANK, has waited, directly
 // or through others, for all that read it before.
@@ -62,24 +61,30 @@ __device__ __forceinline__ bool has_mark(Word v, u32 mark) { return (v.low & 1) 
 // What is not there yet: two or four numbers that no conversion gives, all of them NaN.
 constexpr u32 BLANK = ~0u;
 
-// Counters, 128 bytes apart.
-enum Counter { ROWS_DONE, RECENT_DONE, LAID_OUT, COUNTERS };
+// Counters, 128 bytes apart but for those of layers, which are words.
+enum Counter { MET, ROWS_DONE, RECENT_DONE, LAID_OUT };
 
-__device__ __forceinline__ u32* place(u32* counters, int counter) { return counters + 32 * counter; }
+__device__ __forceinline__ u32* place(u32* counters, Counter counter) { return counters + 32 * counter; }
+
+// By one block: all but MET begin anew.
+__device__ __forceinline__ void reset(u32* counters) {
+  const int end = 32 * LAID_OUT + DEPTH;
+  for (int i = 32 * ROWS_DONE + threadIdx.x; i < end; i += blockDim.x) counters[i] = 0;
+}
 
 // By one thread.
-__device__ __forceinline__ void arrive(u32* counters, Counter counter) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(place(counters, counter)) : "memory");
+__device__ __forceinline__ void arrive(u32* counter) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // By one thread, which may start copies of what was counted afterwards.
-__device__ __forceinline__ void await(u32* counters, Counter counter, u32 arrivals) {
+__device__ __forceinline__ void await(u32* counter, u32 arrivals) {
   Watchdog watchdog;
   u32 now;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
                  : "=r"(now)
-                 : "l"(place(counters, counter))
+                 : "l"(counter)
                  : "memory");
     watchdog.check();
   } while (now < arrivals);

@@ -74,11 +74,11 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
     init_barriers(b.shared);
     if (b.index >= BLOCKS) fetch_tables(b, a);
   }
-  if (b.index == 0 && b.thread < COUNTERS) *place(counters, b.thread) = 0;
+  if (b.index == 0) reset(counters);
   lay_out_first(a, b);
   if (b.thread < 64 && b.index < BLOCKS) blank_recent(b, b.warp);
   __syncthreads();
-  if (b.thread == 0) meet(place(counters, COUNTERS));
+  if (b.thread == 0) meet(place(counters, MET));
   cluster_barrier();
   fence_copies();
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
     const char* weights = begin;
     for (int layer = 0; layer < DEPTH; ++layer, weights += LAYER_BYTES) {
       stream(weights, QKV_UNITS, QKV_UNIT);
-      if (step == 0) await(b.counters, LAID_OUT, layer * LAYING * (gridDim.x - BLOCKS));
+      if (step == 0 && layer) await(place(b.counters, LAID_OUT) + layer, LAYING * (gridDim.x - BLOCKS));
       const char* unit = a.cache + (layer * PEERS + b.rank) * long(cached) * UNIT;
 #pragma unroll 1
       for (int i = 0; i < cached; ++i, unit += UNIT) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
       return Copy{b.shared + AREA + i * PIECE, from + i * PIECE, PIECE,
                   b.shared + X_COPIED + 8 * i, b.shared + X_FULL + 8 * i};
     };
-    await(b.counters, ROWS_DONE, (exchange + 1) * ROWS);
+    await(place(b.counters, ROWS_DONE), (exchange + 1) * ROWS);
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) piece(i).start();
 #pragma unroll
@@ -171,7 +171,7 @@ __device__ __forceinline__ void poll_recent(const Block& b) {
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     wait(b.shared + RECENT_STORED, layer & 1);
-    await(b.counters, RECENT_DONE, layer * BLOCKS);
+    await(place(b.counters, RECENT_DONE), layer * BLOCKS);
     const char* from = b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES + b.lane * 16;
     uint4 v[COUNT];
 #pragma unroll
@@ -195,7 +195,7 @@ __device__ __forceinline__ void poll_recent(const Block& b) {
     __syncwarp();
     if (elected()) mbarrier_arrive(b.shared + RECENT_FULL, 1);
     blank_recent(b, layer + 1);
-    if (elected()) arrive(b.counters, RECENT_DONE);
+    if (elected()) arrive(place(b.counters, RECENT_DONE));
   }
 }
 
@@ -205,8 +205,8 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     wait(b.shared + RECENT_STORED, layer & 1);
-    if (elected()) arrive(b.counters, RECENT_DONE);
-    await(b.counters, RECENT_DONE, (layer + 1) * BLOCKS);
+    if (elected()) arrive(place(b.counters, RECENT_DONE));
+    await(place(b.counters, RECENT_DONE), (layer + 1) * BLOCKS);
     const Copy copy{b.shared + RECENT_KEYS,
                     b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
                     RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
@@ -303,8 +303,7 @@ __device__ __forceinline__ void lay_out_others(const Arguments& a, const Block& 
     __syncwarp();
     if (elected()) {
       __threadfence();
-      await(b.counters, LAID_OUT, (layer - 1) * warps);
-      arrive(b.counters, LAID_OUT);
+      arrive(place(b.counters, LAID_OUT) + layer);
     }
   }
 }

@@ -170,7 +170,7 @@ struct Row {
 
   // It will be published in about the time that others take to see this.
   __device__ void announce(const Block& b) const {
-    if (thread == 0) arrive(b.counters, ROWS_DONE);
+    if (thread == 0) arrive(exchange::place(b.counters, ROWS_DONE));
   }
 
   // x becomes y: normed, scaled and shifted.
