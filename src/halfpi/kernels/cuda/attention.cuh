@@ -7,7 +7,7 @@
 namespace {
 
 __device__ __forceinline__ void attend(Block& b) {
-  conditional<FEW, AttentionOfFew, AttentionOfMany>::type attention;
+  conditional<FEW, AttentionOfFew<FLIPPED_SUMS>, AttentionOfMany>::type attention;
   const int tiles = key_tiles(b.prefix);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {

@@ -19,7 +19,7 @@ static_assert(!FEW || BASES + WARPS * STATISTIC == QUERIES, "they have as much r
 template <int COUNT, int APART = 16, typename Combine, typename Store>
 __device__ __forceinline__ void over_keys(const float (&v)[COUNT], int lane, Combine combine, Store store,
                                           int first = 0) {
-  static_assert(!FEW || COUNT == 1 || COUNT % 2 == 0, "they are shared out in halves");
+  static_assert(COUNT == 1 || COUNT % 2 == 0, "they are shared out in halves");
   constexpr int LEFT = COUNT > 1 ? COUNT / 2 : 1;
   const bool upper = lane & APART;
   float left[LEFT];
@@ -37,9 +37,11 @@ __device__ __forceinline__ void over_keys(const float (&v)[COUNT], int lane, Com
   }
 }
 
+// SUMS: of a thread, of a product.
+template <int SUMS>
 struct AttentionOfFew {
-  static constexpr int PAIRS = FLIPPED_SUMS / 2;
-  float average[PARTS][FLIPPED_SUMS] = {};  // of dimensions 64 · (PARTS · group + part) …
+  static constexpr int PAIRS = SUMS / 2;
+  float average[PARTS][SUMS] = {};  // of dimensions 64 · (PARTS · group + part) …
   float highest = -infinity(), total = 0.0f;  // of row `lane`, the same in all warps
 
   __device__ static __forceinline__ float* of_warp(const Block& b, int statistic, int warp) {
@@ -56,7 +58,7 @@ struct AttentionOfFew {
   __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
     const Split split(b.rank, b.prefix);
     const int valid = split.keys - tile * TILE, key = TILE / GROUPS * b.group + 16 * b.warp + b.lane / 4;
-    float logits[FLIPPED_SUMS], tops[PAIRS], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float logits[SUMS], tops[PAIRS], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     wide_product<Bf16, true>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
@@ -118,11 +120,11 @@ struct AttentionOfFew {
     }
   }
 
-  __device__ __forceinline__ void weigh(const float (&logits)[FLIPPED_SUMS], const Block& b, int key) const {
+  __device__ __forceinline__ void weigh(const float (&logits)[SUMS], const Block& b, int key) const {
     float sums[PAIRS];
     const u32 to = b.shared + WEIGHTS + key * 16 + b.lane % 4 * 4;
 #pragma unroll
-    for (int i = 0; i < FLIPPED_SUMS; i += 4) {
+    for (int i = 0; i < SUMS; i += 4) {
       const float2 base = *reinterpret_cast<const float2*>(of_warp(b, BASES, own(b)) + row_of(b, i / 2));
       float weights[4];
 #pragma unroll
@@ -195,7 +197,7 @@ struct AttentionOfFew {
     const u32 to = b.shared + STAGED + peer * AVERAGE_PIECE + part * PART_BYTES + b.lane % 4 * 4;
     const float inverse = inverse_of(total);
 #pragma unroll
-    for (int i = 0; i < FLIPPED_SUMS; i += 4) {
+    for (int i = 0; i < SUMS; i += 4) {
       const float even = __shfl_sync(~0u, inverse, row_of(b, i / 2));
       const float odd = __shfl_sync(~0u, inverse, row_of(b, i / 2 + 1));
       const float* v = average[part] + i;

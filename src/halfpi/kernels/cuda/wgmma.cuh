@@ -146,15 +146,10 @@ struct Bf16 {
   PRODUCTS(BF16, ", 0, 0")
   // B (16, N) instead, rows of B contiguous.
   PRODUCT(mma_transposed, 64, BF16, 32, 33, ", 0, 1")
+  // And A (16, 64), too.
   PRODUCT(mma_both_transposed, 8, BF16, 4, 5, ", 1, 1")
   PRODUCT(mma_both_transposed, 16, BF16, 8, 9, ", 1, 1")
-  PRODUCT(mma_both_transposed, 24, BF16, 12, 13, ", 1, 1")
-  PRODUCT(mma_both_transposed, 32, BF16, 16, 17, ", 1, 1")
-  PRODUCT(mma_both_transposed, 40, BF16, 20, 21, ", 1, 1")
-  PRODUCT(mma_both_transposed, 48, BF16, 24, 25, ", 1, 1")
-  PRODUCT(mma_both_transposed, 56, BF16, 28, 29, ", 1, 1")
-  PRODUCT(mma_both_transposed, 64, BF16, 32, 33, ", 1, 1")
-  // The same with A in registers, as a product leaves it there.
+  // Only B, with A in registers, as a product leaves it there.
   PRODUCT_OF_REGISTERS(mma_transposed, 16, BF16, 8, 9, 10, 11, 12, ", 1")
   PRODUCT_OF_REGISTERS(mma_transposed, 64, BF16, 32, 33, 34, 35, 36, ", 1")
   PRODUCT_OF_REGISTERS(mma_transposed, 256, BF16, 128, 129, 130, 131, 132, ", 1")
