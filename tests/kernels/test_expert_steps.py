@@ -347,7 +347,10 @@ class TestOnHopper:
             pytest.param(dataclasses.replace(FULL, horizon=10), 560, {}, id="short"),
             pytest.param(SMALL, 7, {"guided": True}, id="few-keys"),
             pytest.param(
-                dataclasses.replace(SMALL, horizon=16), 1400, {"decided": 3}, id="few-rows-many-keys"
+                dataclasses.replace(SMALL, horizon=16),
+                1400,
+                {"decided": 3},
+                id="few-rows-many-keys",
             ),
             pytest.param(dataclasses.replace(SMALL, horizon=3), 100, {}, id="three-rows"),
             pytest.param(dataclasses.replace(SMALL, horizon=50), 513, {"decided": 5}, id="decided"),
