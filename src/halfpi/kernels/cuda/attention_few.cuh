@@ -84,7 +84,13 @@ struct AttentionOfFew {
     }
     fence_async_proxy();
     all_consumers();
-    add_values(b, last);
+    const Matrix weights(b.shared + WEIGHTS, 128, WEIGHED * 16);
+    add_values(
+        b, average, last,
+        [&](float (&sum)[SUMS], int k, u64 values) {
+          Bf16::mma_both_transposed(sum, values, weights.at(k * 128));
+        },
+        [&] { add_totals(b, last); }, [&](int part) { send(b, part); });
   }
 
   // Their logits have rows of the actions as rows, see recent_logits; the first warp has all.
@@ -156,32 +162,6 @@ struct AttentionOfFew {
       const float sum = over_quad(weights[0] + weights[1], false);
       if (b.lane % 4 == 0) of_warp(b, TOTALS, WARPS)[row] = sum;
     }
-  }
-
-  // Each group has the units with its dimensions. The last tile's go to peers as soon as they are there.
-  __device__ __forceinline__ void add_values(Block& b, bool last) {
-    const Matrix weights(b.shared + WEIGHTS, 128, WEIGHED * 16), values(b.shared + RING, 128, TILE * 16);
-    Cursor unit = b.ring;
-    unit.advance(PARTS * b.group);
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part, unit.advance(1)) {
-      b.wait_full(unit);
-      __syncwarp();
-      settle(average[part]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < TILE / 8; k += 2) {
-        Bf16::mma_both_transposed(average[part], values.at(unit.slot * UNIT + k * 128), weights.at(k * 128));
-      }
-      Bf16::mma_both_transposed(average[part], recent_values(b, part), weights.at(TILE * 16));
-      wgmma_commit();
-      if (part == 0) add_totals(b, last);  // while that is under way
-      wgmma_wait<0>();
-      settle(average[part]);
-      b.release(unit.slot, GROUPS);
-      if (last) send(b, part);
-    }
-    b.ring.advance(KEY_UNITS);
   }
 
   __device__ __forceinline__ void add_totals(const Block& b, bool has_recent) {

@@ -57,39 +57,19 @@ struct AttentionOfMany {
     give(b, TOTAL, sum);
     fence_async_proxy();
     all_consumers();
-    add_values(b, last);
+    const Matrix weights(b.shared + WEIGHTS, 1024, 128);
+    add_values(
+        b, average, last,
+        [&](float (&sum)[32], int k, u64 values) {
+          Bf16::mma_transposed(sum, weights.at(k * 1024), values);
+        },
+        [&] { add_totals(b); }, [&](int part) { send(b, part); });
   }
 
-  // Each group has the units with its dimensions. The last tile's go to peers one after the other, each as
-  // soon as it is there.
-  __device__ __forceinline__ void add_values(Block& b, bool last) {
-    const Matrix weights(b.shared + WEIGHTS, 1024, 128), values(b.shared + RING, 128, TILE * 16);
-    Cursor unit = b.ring;
-    unit.advance(PARTS * b.group);
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part, unit.advance(1)) {
-      b.wait_full(unit);
-      __syncwarp();
-      settle(average[part]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < TILE / 8; k += 2) {
-        Bf16::mma_transposed(average[part], weights.at(k * 1024),
-                             values.at(unit.slot * UNIT + k * 128));
-      }
-      Bf16::mma_transposed(average[part], weights.at(TILE / 8 * 1024), recent_values(b, part));
-      wgmma_commit();
-      if (part == 0) {  // while that is under way:
-        for (int g = 0; g < GROUPS; ++g) {
-          for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
-        }
-      }
-      wgmma_wait<0>();
-      settle(average[part]);
-      b.release(unit.slot, GROUPS);
-      if (last) send(b, part);
+  __device__ __forceinline__ void add_totals(const Block& b) {
+    for (int g = 0; g < GROUPS; ++g) {
+      for (int i = 0; i < 2; ++i) total[i] += taken(b, TOTAL, g, b.row + 8 * i);
     }
-    b.ring.advance(KEY_UNITS);
   }
 
   // The averages of a part, of which four peers merge sixteen dimensions each, and once log-sums. Blocks begin
@@ -107,7 +87,7 @@ struct AttentionOfMany {
     b.together();
     if (!elected()) return;
     const int peer = 4 * b.group + ((b.warp + b.rank) & 3);
-    push_averages(b, peer, part, b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * 256);
+    push_averages(b, peer, part, b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * STATISTIC);
   }
 };
 

@@ -30,6 +30,36 @@ __device__ __forceinline__ u64 recent_values(const Block& b, int part) {
   return Matrix(b.shared + RECENT_VALUES + chunk * RECENT_SLOTS * 16, 0, RECENT_SLOTS * 16).at(0);
 }
 
+// Values of a tile, each group those of its dimensions. multiply(average, k, values): of 16 keys, those of
+// actions behind a tile's. meanwhile: during the first products. send(part): of the last tile, each as soon
+// as it is there.
+template <int SUMS, typename Multiply, typename Meanwhile, typename Send>
+__device__ __forceinline__ void add_values(Block& b, float (&average)[PARTS][SUMS], bool last,
+                                           Multiply multiply, Meanwhile meanwhile, Send send) {
+  const Matrix values(b.shared + RING, 128, TILE * 16);
+  Cursor unit = b.ring;
+  unit.advance(PARTS * b.group);
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part, unit.advance(1)) {
+    b.wait_full(unit);
+    __syncwarp();
+    settle(average[part]);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < TILE / 8; k += 2) {
+      multiply(average[part], k, values.at(unit.slot * UNIT + k * 128));
+    }
+    multiply(average[part], TILE / 8, recent_values(b, part));
+    wgmma_commit();
+    if (part == 0) meanwhile();
+    wgmma_wait<0>();
+    settle(average[part]);
+    b.release(unit.slot, GROUPS);
+    if (last) send(part);
+  }
+  b.ring.advance(KEY_UNITS);
+}
+
 // By one thread: a part of the averages of which `peer` merges sixteen dimensions, and once log-sums
 // of all rows.
 __device__ __forceinline__ void push_averages(const Block& b, int peer, int part, u32 log_sums) {
