@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from halfpi.engine import BatchEngine
+from halfpi.engine import BatchEngine, drawn
 from halfpi.model import Guidance
 from halfpi.policy import Arguments, Policy
 from halfpi.processing.pipeline import ModelInputs
@@ -68,6 +68,7 @@ class _Row:
     observation: Observation
     inputs: ModelInputs
     arguments: Arguments
+    noise: torch.Tensor
     processing_ms: float
 
     @property
@@ -88,11 +89,13 @@ def _row(policy: Policy, call: Call) -> _Row | ValueError:
         arguments = policy.arguments(call.noise, call.given, call.guidance, call.num_steps)
     except ValueError as error:
         return error
-    return _Row(call.observation, inputs, arguments, (time.perf_counter() - began) * 1000)
+    noise = drawn(arguments.noise)
+    processing_ms = (time.perf_counter() - began) * 1000
+    return _Row(call.observation, inputs, arguments, noise, processing_ms)
 
 
 def _run(policy: Policy, rows: Sequence[_Row]) -> list[ActionChunk | ValueError]:
-    noise = torch.stack([row.arguments.noise for row in rows])
+    noise = torch.stack([row.noise for row in rows])
     engine = policy.engine
     if not isinstance(engine, BatchEngine):
         raise TypeError(f"{type(engine).__name__} computes one observation at a time")

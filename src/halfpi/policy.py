@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from halfpi.checkpoints import Checkpoint, load_model, open_checkpoint
 from halfpi.config import Backend, EngineConfig, Precision
-from halfpi.engine import Engine, make_engine
+from halfpi.engine import Engine, Noise, make_engine
 from halfpi.model import Guidance
 from halfpi.processing.pipeline import ModelInputs, Processor
 from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
@@ -31,10 +31,11 @@ NOTHING = Keep()
 class Arguments:
     """What a call denoises with, checked, as the engine takes it.
 
-    noise: fp32 (h, a). given: fp32 (d, a) or None. guidance: of h actions, or None.
+    noise: fp32 (h, a), or what draws it. given: fp32 (d, a) or None. guidance: of h actions, or
+    None.
     """
 
-    noise: torch.Tensor
+    noise: Noise
     given: torch.Tensor | None
     guidance: Guidance | None
     num_steps: int
@@ -115,9 +116,11 @@ class Policy:
         guidance: Guidance | None = None,
         num_steps: int | None = None,
     ) -> Arguments:
-        """The arguments of `infer`, checked, and noise drawn if there is none."""
+        """The arguments of `infer`, checked; noise, if there is none, is yet to be drawn."""
         steps = self.num_steps if num_steps is None else _checked_steps(num_steps)
-        start = self._noise(noise)
+        start: Noise = self._draw
+        if noise is not None:
+            start = self._checked("noise", noise, shortest=self.horizon)
         decided = None if given is None else self._checked("given", given)
         if guidance is not None:
             self._check_guidance(guidance)
@@ -156,11 +159,9 @@ class Policy:
             return self.processor.deferred_inputs(observation)
         return self.processor.inputs(observation)
 
-    def _noise(self, noise: NDArray[np.float32] | None) -> torch.Tensor:
-        if noise is None:
-            shape = (self.horizon, self.engine.config.action_dim)
-            return torch.randn(shape, generator=self._generator)
-        return self._checked("noise", noise, shortest=self.horizon)
+    def _draw(self) -> torch.Tensor:
+        shape = (self.horizon, self.engine.config.action_dim)
+        return torch.randn(shape, generator=self._generator)
 
     def _checked(self, name: str, actions: NDArray[np.float32], shortest: int = 0) -> torch.Tensor:
         rows, columns = self.horizon, self.engine.config.action_dim

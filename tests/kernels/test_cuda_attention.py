@@ -22,20 +22,23 @@ HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
 SIGLIP = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16}
 FEW = {"b": 1, "t": 50, "q": 8, "k": 256, "s": 1018, "kv": 1}
 MANY = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1}
-SHARED_BYTES = {
-    "siglip_attention": siglip_attention.SHARED_BYTES,
-    **{name: kernel.shared_bytes for name, kernel in mqa.KERNELS.items()},
-}
+# Kernel → what it is compiled for, beside the output.
+MACROS: list[tuple[str, dict[str, int]]] = [
+    *(
+        ("siglip_attention", {"ROWS": rows, "SHARED_BYTES": shared_bytes})
+        for rows, shared_bytes in siglip_attention.SHARED_BYTES.items()
+    ),
+    *((name, {"SHARED_BYTES": kernel.shared_bytes}) for name, kernel in mqa.KERNELS.items()),
+]
 needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
 
 
 @needs_compiler
 @pytest.mark.parametrize("quantises", [False, True])
-@pytest.mark.parametrize("name", SHARED_BYTES)
-def test_compiles_without_spills(name: str, *, quantises: bool) -> None:
-    shared_bytes = SHARED_BYTES[name]
-    assert shared_bytes <= HOPPER.shared_bytes
-    defines = {"FP8": int(quantises), "SHARED_BYTES": shared_bytes}
+@pytest.mark.parametrize(("name", "macros"), MACROS)
+def test_compiles_without_spills(name: str, macros: dict[str, int], *, quantises: bool) -> None:
+    assert macros["SHARED_BYTES"] <= HOPPER.shared_bytes
+    defines = {**macros, "FP8": int(quantises)}
     said = report(name, defines)
     (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
     assert int(spilled) <= 8, said
@@ -98,6 +101,19 @@ def test_error_rule_and_equal_bits(
         pytest.skip("no Hopper GPU with cuda-core")
     (output,) = checked_twice("attention", case, launch)
     assert output.valid is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+def test_siglip_error_rule_and_equal_bits(images: int, out_dtype: torch.dtype) -> None:
+    """With blocks of 64 and of 128 queries."""
+    case = Case("", {**SIGLIP, "b": images, "bias": 1, "missing": 0}, out_dtype=out_dtype)
+    launch = attention_launches.attention_launches(case, Device.of(CUDA))[0]
+    if launch.kernel != "siglip":
+        pytest.skip("no Hopper GPU with cuda-core")
+    checked_twice("attention", case, launch)
 
 
 def bfloat16(*shape: int) -> Tensor:

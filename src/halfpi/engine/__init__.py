@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from halfpi.engine.eager import EagerEngine
+from halfpi.engine.eager import EagerEngine, Noise, drawn
 from halfpi.engine.make import BatchEngine, Engine, make_engine
 
-__all__ = ["BatchEngine", "EagerEngine", "Engine", "make_engine"]
+__all__ = ["BatchEngine", "EagerEngine", "Engine", "Noise", "drawn", "make_engine"]

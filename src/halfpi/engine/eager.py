@@ -15,6 +15,14 @@ from halfpi.processing.images import to_model
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.types import StageTimes
 
+# Of a call, or what draws it, which may wait until the device has work.
+Noise = Tensor | Callable[[], Tensor]
+
+
+def drawn(noise: Noise) -> Tensor:
+    """`noise`, drawn if it is not yet."""
+    return noise() if callable(noise) else noise
+
 
 class EagerEngine:
     """Runs `model` stage by stage, one observation a call, and times each stage.
@@ -44,7 +52,7 @@ class EagerEngine:
     def run(
         self,
         inputs: ModelInputs | None,
-        noise: Tensor,
+        noise: Noise,
         num_steps: int,
         given: Tensor | None = None,
         guidance: Guidance | None = None,
@@ -53,7 +61,8 @@ class EagerEngine:
         """Actions fp32 (h, a) on the CPU, and the milliseconds of each stage.
 
         inputs: of batch size 1; None denoises on the prefix of the call before.
-        noise: fp32 (h, a). given: fp32 (d, a), already decided actions. guidance: of h actions.
+        noise: fp32 (h, a), or what draws it. given: fp32 (d, a), already decided actions.
+        guidance: of h actions.
         kept: places of cameras whose images are not read: their tokens are those encoded last.
         Masked cameras and prompt padding are left out: they change nothing but the cost.
 
@@ -65,7 +74,8 @@ class EagerEngine:
         if self._cache is None:
             raise ValueError("there is no prefix to keep: no call came before this one")
         given = None if given is None else given[None]
-        actions = self._denoised(self._cache, noise[None], num_steps, given, guidance, times)
+        start = drawn(noise)[None]
+        actions = self._denoised(self._cache, start, num_steps, given, guidance, times)
         return actions[0], StageTimes(**times)
 
     @torch.inference_mode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,9 +28,21 @@ class Graph:
         work()
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with _garbage_kept(), torch.cuda.graph(self._graph):
             work()
 
     def __call__(self) -> None:
         """Replay on the current stream."""
         self._graph.replay()
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """A graph in a cycle that is collected while another one is captured ends the process."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

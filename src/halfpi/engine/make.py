@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfpi.config import EngineConfig, Pi05Config
-from halfpi.engine.eager import EagerEngine
+from halfpi.engine.eager import EagerEngine, Noise
 from halfpi.model import Guidance, Pi05
 from halfpi.processing.pipeline import ModelInputs
 from halfpi.quant import FakeQuantPi05, Scales
@@ -29,7 +29,7 @@ class Engine(Protocol):
     def run(
         self,
         inputs: ModelInputs | None,
-        noise: Tensor,
+        noise: Noise,
         num_steps: int,
         given: Tensor | None = None,
         guidance: Guidance | None = None,

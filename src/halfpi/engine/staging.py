@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from halfpi.engine.graphs import captured
 
 # Every tensor starts at a multiple of this, as kernels expect of memory.
 _ALIGN_BYTES = 256
@@ -28,20 +31,17 @@ class Field:
 class Staging:
     """`fields` in one stretch of memory on the host, pinned for a GPU, and again on the device.
 
-    host, device: the tensors by name.
+    host, device: the tensors by name. upload: copies all of it to the device, on the stream.
     """
 
     def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
         size = sum(_aligned(field.nbytes) for field in fields.values())
         on_gpu = device.type == "cuda"
-        self._from = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
-        self._to = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host = _views(self._from, fields)
-        self.device = _views(self._to, fields)
-
-    def upload(self) -> None:
-        """Copy all of it to the device, on the current stream."""
-        self._to.copy_(self._from, non_blocking=True)
+        host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
+        there = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host = _views(host, fields)
+        self.device = _views(there, fields)
+        self.upload = captured(partial(there.copy_, host, non_blocking=True), device)
 
 
 def _views(memory: Tensor, fields: Mapping[str, Field]) -> dict[str, Tensor]:

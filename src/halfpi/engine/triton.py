@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfpi.config import EngineConfig
+from halfpi.engine.eager import Noise, drawn
 from halfpi.engine.images import runs
 from halfpi.engine.plan import make_plan
 from halfpi.engine.stopwatch import Stopwatch
@@ -55,11 +56,10 @@ class TritonEngine:
         self._blocks: list[int] = []
         self._prefix_ready = False
 
-    @torch.inference_mode()
     def run(
         self,
         inputs: ModelInputs | None,
-        noise: Tensor,
+        noise: Noise,
         num_steps: int,
         given: Tensor | None = None,
         guidance: Guidance | None = None,
@@ -69,22 +69,45 @@ class TritonEngine:
 
         A call whose prompt is at fault has forgotten what others left to keep.
         """
+        self._begin(inputs, noise, num_steps, given, kept)
+        return self._finish(inputs, noise, num_steps, given, guidance)
+
+    def _begin(
+        self,
+        inputs: ModelInputs | None,
+        noise: Noise,
+        num_steps: int,
+        given: Tensor | None,
+        kept: Collection[int],
+    ) -> None:
+        """Check what is cheap to check and start vision: all that follows, the device hides."""
         if num_steps not in self.plan.denoise:
             planned = ", ".join(map(str, self.plan.denoise))
             raise ValueError(f"the engine is planned for {planned} Euler steps, got {num_steps}")
         if inputs is None and not self._prefix_ready:
             raise ValueError("there is no prefix to keep: no call came before this one")
         self._check_actions(noise, given)
-        watch = self._watch
-        watch.start()
+        self._watch.start()
         if inputs is not None:
             places = self._check_cameras(inputs, kept)
             self._prefix_ready = False
-            # First, so that the device has work while the host fills in the rest.
             self._encode(inputs.images, places, kept)
-            watch.lap("vision_ms")
-            self._set_prompt(inputs, len(places))
-        self._set_actions(noise, num_steps, given, guidance)
+            self._watch.lap("vision_ms")
+
+    @torch.inference_mode()
+    def _finish(
+        self,
+        inputs: ModelInputs | None,
+        noise: Noise,
+        num_steps: int,
+        given: Tensor | None,
+        guidance: Guidance | None,
+    ) -> tuple[Tensor, StageTimes]:
+        """The prompt, the actions and the other stages."""
+        watch = self._watch
+        if inputs is not None:
+            self._set_prompt(inputs, len(self._blocks))
+        self._set_actions(drawn(noise), num_steps, given, guidance)
         self.plan.staging.upload()
         if inputs is not None:
             self._prefill_replay(int(self.plan.staging.host["prefix_count"]))()
@@ -155,9 +178,9 @@ class TritonEngine:
                     f"got {picture.dtype} {picture.shape}"
                 )
 
-    def _check_actions(self, noise: Tensor, given: Tensor | None) -> None:
+    def _check_actions(self, noise: Noise, given: Tensor | None) -> None:
         h, a = self.config.horizon, self.config.action_dim
-        if noise.shape != (h, a):
+        if isinstance(noise, Tensor) and noise.shape != (h, a):
             raise ValueError(f"noise must have shape {(h, a)}, got {tuple(noise.shape)}")
         if given is not None and (given.ndim != 2 or len(given) > h or given.shape[1] != a):
             raise ValueError(f"given must have shape (0 to {h}, {a}), got {tuple(given.shape)}")

@@ -58,11 +58,12 @@ def qkv_rope_reference(
     kv_heads: int,
     offset: int,
     alpha: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (m, q, k) of x (m, d), and keys and values (s, kv, k) in rows `offset`, … of a cache.
+) -> tuple[Tensor, ...]:
+    """Queries (m, q, k) of x (m, d), keys and values (s, kv, k) in rows `offset`, … of a cache.
 
-    weight: ((q + 2·kv)·k, d), rows of q, k, v, with q and k `paired`. cos, sin: (s, k/2), of every
-    position. alpha: (1,). Rows of the cache before and after are NaN.
+    Without heads there are no queries. weight: ((q + 2·kv)·k, d), rows of q, k, v, with q and k
+    `paired`. cos, sin: (s, k/2), of every position. alpha: (1,). Rows of the cache before and after
+    are NaN.
     """
     product = F.linear(x, weight)
     product = product if alpha is None else product * alpha
@@ -73,7 +74,8 @@ def qkv_rope_reference(
     turned = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(2).to(product.dtype)
     query, key = turned.split([q_heads, kv_heads], 1)
     around = (0, 0, 0, 0, offset, cos.shape[0] - offset - x.shape[0])
-    return query, F.pad(key, around, value=torch.nan), F.pad(value, around, value=torch.nan)
+    cached = [F.pad(one, around, value=torch.nan) for one in (key, value)]
+    return (query, *cached) if q_heads else tuple(cached)
 
 
 @triton.jit
@@ -233,6 +235,9 @@ def _cases() -> Iterator[Case]:
     heads = {"q": 8, "kv": 1, "k": 256, "s": 1018}
     for dtype in (torch.bfloat16, FP8):
         yield Case("prefill", {**heads, "m": 968, "d": 2048, "offset": 0, "valid": 968}, dtype)
+        yield Case(
+            "prefill-last", {**heads, "q": 0, "m": 968, "d": 2048, "offset": 0, "valid": 968}, dtype
+        )
         yield Case("expert", {**heads, "m": 50, "d": 1024, "offset": 968, "valid": 50}, dtype)
     ragged = {"q": 4, "kv": 2, "k": 10, "s": 70, "m": 50, "d": 80, "offset": 13, "valid": 37}
     yield Case("ragged", ragged, real=False)

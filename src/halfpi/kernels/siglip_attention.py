@@ -7,14 +7,15 @@ goes in steps. The CUDA source lies in `cuda/` and is compiled at run time (extr
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from halfpi.kernels.cuda_launch import load_once, tensor_map
-from halfpi.kernels.spec import FP8, Case
+from halfpi.kernels.spec import FP8, Case, Device
 
 TOKENS, HEAD_DIM = 256, 72
-_ROWS = 128  # queries of a block
-SHARED_BYTES = 121_344
+# Queries of a block → its shared memory. With fewer it is done sooner, if all blocks run at once.
+SHARED_BYTES = {64: 101_888, 128: 121_344}
 _ALIGNED = 8  # numbers in 16 bytes
 
 
@@ -49,13 +50,17 @@ def siglip_attention(
                 f"{name} must be {(b, TOKENS, q, HEAD_DIM)} with images and heads side by side, "
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
-    kernel = load_once(
-        "siglip_attention", query.device, 2 * _ROWS,
-        FP8=int(out.dtype == FP8), SHARED_BYTES=SHARED_BYTES,
-    )  # fmt: skip
+    most_blocks = b * q * TOKENS // min(SHARED_BYTES)
+    rows = min(SHARED_BYTES) if most_blocks <= Device.of(query.device).multiprocessors else 128
+    kernel = load_once("siglip_attention", query.device, 2 * rows, **defines(rows, out.dtype))
     stride = query.stride(1) * query.itemsize
     maps = _tensor_maps(keys) + _tensor_maps(values)
-    kernel((TOKENS // _ROWS, q, b), query, stride, *maps, bias, out, scale)
+    kernel((TOKENS // rows, q, b), query, stride, *maps, bias, out, scale)
+
+
+def defines(rows: int, out_dtype: torch.dtype) -> dict[str, int]:
+    """The macros of `cuda/siglip_attention.cu`, for `rows` queries a block."""
+    return {"ROWS": rows, "FP8": int(out_dtype == FP8), "SHARED_BYTES": SHARED_BYTES[rows]}
 
 
 def _tensor_maps(heads: Tensor) -> list[object]:

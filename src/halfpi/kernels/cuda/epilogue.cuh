@@ -11,6 +11,9 @@ constexpr int PLAIN = 0, GATED = 1, ROTATED = 2;
 constexpr int OUT_WIDTH = EPILOGUE == GATED ? WIDTH / 2 : WIDTH, OUT_BYTES = OUT_FP8 ? 1 : 2;
 constexpr int PITCH = OUT_WIDTH * OUT_BYTES + 16;  // of rows that are staged, in other banks
 constexpr int CHUNK = 16 / OUT_BYTES;              // of outputs
+// Whether a thread has registers for the rotations of all its sums, so that it can load them early.
+constexpr bool EARLY_TURNS = EPILOGUE == ROTATED && WIDTH <= (GROUPS > 2 ? 112 : 160);
+constexpr int TURNED = EARLY_TURNS ? WIDTH / 2 : 8;  // sums
 
 __device__ __forceinline__ float gelu(float x) {
   const float half = 0.5f * x;
@@ -38,6 +41,24 @@ struct Outputs {
   }
 };
 
+// The rotations of a thread's pairs of sums, TURNED sums from the i-th on.
+struct Turns {
+  float cos[TURNED / 2], sin[TURNED / 2];
+
+  __device__ __forceinline__ void load(int i, int row, int column, const Outputs& from) {
+    if constexpr (EPILOGUE != ROTATED) return;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < TURNED && i + j < WIDTH / 2; j += 2) {
+      const int place = row + lane / 4 + j / 2 % 2 * 8 + from.offset;
+      const int pair = (column + (i + j) / 4 * 8 + lane % 4 * 2) / 2;
+      const int angle = place * (HEAD / 2) + pair % (HEAD / 2);
+      const bool turns = pair < (from.q_width + from.kv_width) / 2 && place < from.places;
+      cos[j / 2] = turns ? from.cos[angle] : 1.0f, sin[j / 2] = turns ? from.sin[angle] : 0.0f;
+    }
+  }
+};
+
 // What a warp has of the sums: two of each eight columns and two of 16 rows a thread.
 struct Warp {
   u32 staged;
@@ -45,9 +66,8 @@ struct Warp {
   const float* bias;
 
   // Of the eight sums from the i-th on, which are two chunks of eight columns in two rows.
-  __device__ __forceinline__ void finish(const float* eight, int i, int row, int column,
-                                         const Outputs& to, float alpha, float factor,
-                                         float (&out)[8]) const {
+  __device__ __forceinline__ void finish(const float* eight, int i, const Turns& turns, float alpha,
+                                         float factor, float (&out)[8]) const {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {  // chunk, row, column
       float even = eight[j] * alpha, odd = eight[j + 1] * alpha;
@@ -57,12 +77,9 @@ struct Warp {
         continue;
       }
       if constexpr (EPILOGUE == ROTATED) {
-        const int place = row + lane / 4 + j / 2 % 2 * 8 + to.offset;
-        if (column + in_tile < to.q_width + to.kv_width && place < to.places) {
-          const int angle = place * (HEAD / 2) + (column + in_tile) / 2 % (HEAD / 2);
-          const float c = to.cos[angle], s = to.sin[angle], first = even;
-          even = even * c - odd * s, odd = odd * c + first * s;
-        }
+        const int pair = (i % TURNED + j) / 2;
+        const float c = turns.cos[pair], s = turns.sin[pair], first = even;
+        even = even * c - odd * s, odd = odd * c + first * s;
       }
       if constexpr (BIAS != 0) even += bias[in_tile], odd += bias[in_tile + 1];
       if constexpr (GELU) even = gelu(even), odd = gelu(odd);
@@ -91,14 +108,19 @@ struct Warp {
     }
   }
 
-  // As rows of OUT_WIDTH numbers. The next are on their way while some are stored.
-  __device__ __forceinline__ void stage(const float (&sums)[WIDTH / 2], int row, int column,
+  // As rows of OUT_WIDTH numbers. The next are on their way while some are stored. turns: all that are
+  // loaded early.
+  __device__ __forceinline__ void stage(const float (&sums)[WIDTH / 2], Turns& turns, int row, int column,
                                         const Outputs& to, float alpha, float factor) const {
     float now[8], next[8];
-    finish(sums, 0, row, column, to, alpha, factor, now);
+    if (!EARLY_TURNS) turns.load(0, row, column, to);
+    finish(sums, 0, turns, alpha, factor, now);
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; i += 8) {
-      if (i + 8 < WIDTH / 2) finish(sums + i + 8, i + 8, row, column, to, alpha, factor, next);
+      if (i + 8 < WIDTH / 2) {
+        if (!EARLY_TURNS) turns.load(i + 8, row, column, to);
+        finish(sums + i + 8, i + 8, turns, alpha, factor, next);
+      }
       store(now, i);
 #pragma unroll
       for (int j = 0; j < 8; ++j) now[j] = next[j];

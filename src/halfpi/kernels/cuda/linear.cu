@@ -165,6 +165,7 @@ struct Held {
   }
   __device__ __forceinline__ void finish(int part, const Warp& epilogue, const Outputs& to, float alpha,
                                          float factor) const {
+    const Turns none{};
     constexpr int SUMS = WIDTH / 2 / PARTS;
     static_assert(SUMS % 8 == 0, "a part has whole chunks");
 #pragma unroll
@@ -174,7 +175,7 @@ struct Held {
       for (int j = 0; j < 4; ++j) {
         sums[2 * j] = low_bf16(pairs[i / 2 + j]), sums[2 * j + 1] = high_bf16(pairs[i / 2 + j]);
       }
-      epilogue.finish(sums, i, row, column, to, alpha, factor, out);
+      epilogue.finish(sums, i, none, alpha, factor, out);
       epilogue.store(out, i);
     }
     if (part + 1 == PARTS) {
@@ -241,17 +242,18 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
     for (int index = tiles.begin; index < tiles.count; index += tiles.stride) {
       const Tile tile = tiles.at(index);
       if (tile.last <= tile.first) wait_for_kernel_before();  // which may read what is written
-      const int steps = tile.last - tile.first;
+      const int steps = tile.last - tile.first, row = tile.row + warp * 16;
+      Turns turns;
+      if (EARLY_TURNS) turns.load(0, row, tile.column, to);  // one after another takes long
       multiply(sums, ring, at, warp / 4, steps, [&](int part) {
         if (HELD) held.finish(part, epilogue, to, times, factor);
       });
-      const int row = tile.row + warp * 16;
       if (HELD) {
         held.take(sums);
         held.row = tile.split * m + row, held.column = tile.column, held.rows = most - row;
       } else {
         if (ONE_TILE) named_barrier(1, 128 * GROUPS);
-        epilogue.stage(sums, row, tile.column, to, times, factor);
+        epilogue.stage(sums, turns, row, tile.column, to, times, factor);
         epilogue.copy_out(to, tile.split * m + row, most - row, tile.column);
       }
     }

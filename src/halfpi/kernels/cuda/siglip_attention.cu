@@ -1,4 +1,4 @@
-// Attention of SigLIP: a block has 128 of an image's 256 queries of a head, and all of its keys.
+// Attention of SigLIP: a block has ROWS, 64 or 128, of an image's 256 queries of a head, and all of its keys.
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
@@ -7,7 +7,7 @@ namespace {
 using namespace hopper;
 
 constexpr int TOKENS = 256, HEAD = 72, CHUNKS = HEAD / 8;  // of 16 bytes
-constexpr int GROUPS = 2, ROWS = 64 * GROUPS, THREADS = 128 * GROUPS;
+constexpr int THREADS = 2 * ROWS;  // a group of 128 has 64 rows
 constexpr int BYTES = FP8 ? 1 : 2;                         // of an output
 constexpr float LOGIT_SCALE = 0.117851130f * 1.44269504f;  // 1/√k · log2 e
 // Keys and values come as lines of 64 dimensions and lines of 16, of which the second half is not
