@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from tests.conftest import build_pi05
 
 from halfpi.config import PRESETS, EngineConfig
 from halfpi.engine import EagerEngine, Engine, make_engine
+from halfpi.engine.graphs import captured
 from halfpi.model import Guidance, Pi05
 from halfpi.processing.images import pictures, prepare_images
 from halfpi.processing.pipeline import ModelInputs
@@ -123,6 +125,21 @@ def run(engine: Engine, case: tuple[int, int, int]) -> torch.Tensor:
     cameras, length, seed = case
     actions, _ = engine.run(inputs_with(SETS[cameras], length, seed), noise(seed), STEPS)
     return actions
+
+
+def test_garbage_is_left_alone_while_a_graph_is_captured() -> None:
+    device = torch.device("cuda")
+    x = torch.zeros(1, device=device)
+
+    def work() -> None:
+        assert not gc.isenabled() or not torch.cuda.is_current_stream_capturing()
+        x.add_(1)
+
+    replay = captured(work, device)
+    assert gc.isenabled()
+    before = x.item()
+    replay()
+    assert x.item() == before + 1
 
 
 def test_kept_parts_equal_recomputation(model: Pi05) -> None:

@@ -68,7 +68,7 @@ def check_calls() -> None:
     ]
     for number, (inputs, options) in enumerate(calls):
         steps = 2 if options else 1
-        ours, _ = engine.run(inputs, noise(number), steps, **options)
+        ours, _ = engine.run(inputs, partial(noise, number), steps, **options)
         theirs, _ = eager.run(inputs, noise(number), steps, **options)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
     check_pictures(engine)
@@ -78,9 +78,10 @@ def check_calls() -> None:
 def check_pictures(engine: Engine) -> None:
     """Images as they came give the bits of those that were resized before."""
     size, generator = TINY.image_size, np.random.default_rng(0)
-    shapes = [(size, size), (40, 30), (9, 21), (40, 30)]
+    # More sizes than room is kept for, and one of them again.
+    shapes = [(size, size), (40, 30), (9, 21), (40, 30), (8, 8), (7, 9), (16, 5)]
     images = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
-    for first, second in ((1, 3), (2, 0), (None, 2)):
+    for first, second in ((1, 3), (2, 0), (None, 2), (4, 5), (6, 3)):
         pair = {n: images[i] for n, i in zip("ab", (first, second), strict=True) if i is not None}
         prepared, mask = prepare_images(pair, ("a", "b"), size, "pil")
         came, _ = pictures(pair, ("a", "b"), size)

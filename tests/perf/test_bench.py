@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from halfpi.config import PRESETS, Pi05Config
-from halfpi.engine import EagerEngine
+from halfpi.engine import EagerEngine, Noise
 from halfpi.model import Pi05
 from halfpi.perf import bench
 from halfpi.perf.bench import (
@@ -49,7 +49,7 @@ class GraphStandIn:
         self.eager.forget()
 
     def run(
-        self, inputs: ModelInputs | None, noise: torch.Tensor, num_steps: int, *rest: object
+        self, inputs: ModelInputs | None, noise: Noise, num_steps: int, *rest: object
     ) -> tuple[torch.Tensor, StageTimes]:
         actions, _ = self.eager.run(inputs, noise, num_steps)
         return actions, StageTimes(vision_ms=1.0, prefill_ms=2.0, denoise_ms=3.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfpi.engine.graphs import Replay, captured
 from halfpi.engine.operations import Operations
-from halfpi.kernels.resize import Taps, taps
+from halfpi.kernels.resize import taps
 from halfpi.processing.images import Pictures, fitted_size
 
 # A robot's cameras have one or two sizes of their own; room for so many is kept.
@@ -30,9 +30,10 @@ class ImageInput:
 
     def __init__(self, buffers: Mapping[torch.dtype, Tensor], operations: Operations) -> None:
         self._rooms = {dtype: _Room.beside(buffer) for dtype, buffer in buffers.items()}
+        self._target = buffers[torch.uint8]
         self._operations = operations
-        self._resizers: dict[tuple[int, ...], _Resizer] = {}  # the latest last
-        self._resize(self._make_resizer(1, 1), 0, 1)  # compiles, so that no call waits for it
+        self._resizers: dict[tuple[int, ...], _Room] = {}  # the latest last
+        self._make_resizer(1, 1)  # compiles, so that no call waits for it
 
     def load(
         self, images: Tensor | Pictures, places: Sequence[int], fresh: Sequence[int]
@@ -42,87 +43,75 @@ class ImageInput:
         images: as in `ModelInputs`, of cameras that are there. Returns the buffers' dtype.
         """
         if isinstance(images, Tensor):
-            self._rooms[images.dtype].fill({i: images.numpy()[0, places[i]] for i in fresh})
+            pixels = images.numpy()[0]
+            for block in fresh:
+                self._rooms[images.dtype].bring(block, pixels[places[block]])
             return images.dtype
-        pictures: dict[int, Any] = {i: images[places[i]] for i in fresh}
-        for shape, blocks in groupby(fresh, key=lambda i: pictures[i].shape[:2]):
-            self._bring(shape, {i: pictures[i] for i in blocks})
+        for block in fresh:
+            picture: Any = images[places[block]]
+            self._room_for(picture.shape[:2]).bring(block, picture)
         return torch.uint8
 
-    def _bring(self, shape: tuple[int, ...], pictures: Mapping[int, Any]) -> None:
-        target = self._rooms[torch.uint8]
-        if shape == target.device.shape[1:3]:
-            target.fill(pictures)
-            return
-        resizer = self._resizer(shape)
-        resizer.room.fill(pictures)
-        for first, count in runs(list(pictures)):
-            self._resize(resizer, first, count)
-
-    def _resize(self, resizer: _Resizer, first: int, count: int) -> None:
-        blocks, target = slice(first, first + count), self._rooms[torch.uint8].device
-        self._operations.resize(
-            resizer.room.device[blocks], target[blocks], resizer.rows, resizer.columns
-        )
-
-    def _resizer(self, shape: tuple[int, ...]) -> _Resizer:
-        resizer = self._resizers.pop(shape, None)
-        if resizer is None:
-            resizer = self._make_resizer(*shape)
+    def _room_for(self, shape: tuple[int, ...]) -> _Room:
+        """Of pictures of that height and width."""
+        if shape == self._target.shape[1:3]:
+            return self._rooms[torch.uint8]
+        room = self._resizers.pop(shape, None)
+        if room is None:
+            room = self._make_resizer(*shape)
             if len(self._resizers) == _SIZES:
                 self._forget_oldest()
-        self._resizers[shape] = resizer
-        return resizer
+        self._resizers[shape] = room
+        return room
 
     def _forget_oldest(self) -> None:
-        oldest = next(iter(self._resizers))
-        if self._resizers[oldest].room.device.is_cuda:
-            torch.cuda.synchronize()  # its copies may not be done
-        del self._resizers[oldest]
+        if self._target.is_cuda:
+            torch.cuda.synchronize()  # the device may still copy from there
+        del self._resizers[next(iter(self._resizers))]
 
-    def _make_resizer(self, height: int, width: int) -> _Resizer:
-        target = self._rooms[torch.uint8].device
-        room = _Room.beside(target.new_zeros(target.shape[0], height, width, 3))
+    def _make_resizer(self, height: int, width: int) -> _Room:
+        """Room for images of another size, which are resized once they are there."""
+        target, operations = self._target, self._operations
+        came = target.new_zeros(target.shape[0], height, width, 3)
         new_height, new_width = fitted_size(height, width, target.shape[1])
         rows = taps(height, new_height, target.device)
-        return _Resizer(room, rows, taps(width, new_width, target.device))
+        columns = taps(width, new_width, target.device)
+
+        def resize(block: int) -> None:
+            one = slice(block, block + 1)
+            operations.resize(came[one], target[one], rows, columns)
+
+        return _Room.beside(came, resize)
 
 
 @dataclass(frozen=True)
 class _Room:
-    """Images on the device (n, …), and of each its place on the host and what copies that there.
+    """Of each block its place on the host, pinned for a GPU, and what brings it to the device.
 
-    Places are pinned for a GPU. Copies are graphs: to enqueue one on a stream that has nothing to
-    do costs the host 15 µs, and a copy that is not in a graph 90.
+    That is a graph: to enqueue one on a stream that has nothing to do costs the host 15 µs, and a
+    copy that is not in a graph 90.
     """
 
-    device: Tensor
     places: tuple[tuple[NDArray[Any], Replay], ...]
 
     @staticmethod
-    def beside(device: Tensor) -> _Room:
+    def beside(device: Tensor, arrived: Callable[[int], None] | None = None) -> _Room:
+        """For images on the `device` (n, …). arrived: what is done there with one that has come."""
         host = torch.zeros(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
-        copies = [
-            captured(partial(to.copy_, one, non_blocking=True), device.device)
-            for to, one in zip(device, host, strict=True)
-        ]
-        return _Room(device, tuple(zip(host.numpy(), copies, strict=True)))
 
-    def fill(self, images: Mapping[int, Any]) -> None:
-        """Bring each image, a NumPy array, to its place, one while the next is being read."""
-        for place, image in images.items():
-            pixels, copy = self.places[place]
-            pixels[:] = image  # NumPy's copy starts no threads
-            copy()
+        def copy(block: int) -> None:
+            device[block].copy_(host[block], non_blocking=True)
+            if arrived is not None:
+                arrived(block)
 
+        copies = (captured(partial(copy, block), device.device) for block in range(len(device)))
+        return _Room(tuple(zip(host.numpy(), copies, strict=True)))
 
-@dataclass(frozen=True)
-class _Resizer:
-    """Room for images of one size, and how they are resized."""
-
-    room: _Room
-    rows: Taps
-    columns: Taps
+    def bring(self, block: int, image: NDArray[Any]) -> None:
+        """Copy `image` to its place and on, without waiting for it to come."""
+        pixels, copy = self.places[block]
+        pixels[:] = image  # NumPy's copy starts no threads
+        copy()
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +40,11 @@ class Staging:
         there = torch.zeros(size, dtype=torch.uint8, device=device)
         self.host = _views(host, fields)
         self.device = _views(there, fields)
-        self.upload = captured(partial(there.copy_, host, non_blocking=True), device)
+
+        def upload() -> None:
+            there.copy_(host, non_blocking=True)
+
+        self.upload = captured(upload, device)
 
 
 def _views(memory: Tensor, fields: Mapping[str, Field]) -> dict[str, Tensor]:

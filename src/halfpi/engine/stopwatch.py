@@ -27,7 +27,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         count = _STAMPS if self._on_gpu else 0
-        self._events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(count)]
+        self._events = [_event() for _ in range(count)]
         self._records: list[Replay] = [captured(event.record, device) for event in self._events]
         self._laps: list[tuple[str, object]] = []
 
@@ -57,6 +57,10 @@ class Stopwatch:
         index = len(self._laps)
         self._records[index]()
         return self._events[index]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
 
 
 def _elapsed_ms(start: object, end: object) -> float:

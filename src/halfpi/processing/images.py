@@ -85,7 +85,8 @@ def _picture(camera: str, image: NDArray[Any], size: int) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     if height > 2 * width:
         return resize_with_pad(camera, pixels, size, "pil").numpy()
-    _fitted(camera, pixels, size)
+    if (height, width) != (size, size):
+        _fitted(camera, pixels, size)
     return pixels
 
 

@@ -46,15 +46,16 @@ struct Turns {
   float cos[TURNED / 2], sin[TURNED / 2];
 
   __device__ __forceinline__ void load(int i, int row, int column, const Outputs& from) {
-    if constexpr (EPILOGUE != ROTATED) return;
-    const int lane = threadIdx.x % 32;
+    if constexpr (EPILOGUE == ROTATED) {
+      const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < TURNED && i + j < WIDTH / 2; j += 2) {
-      const int place = row + lane / 4 + j / 2 % 2 * 8 + from.offset;
-      const int pair = (column + (i + j) / 4 * 8 + lane % 4 * 2) / 2;
-      const int angle = place * (HEAD / 2) + pair % (HEAD / 2);
-      const bool turns = pair < (from.q_width + from.kv_width) / 2 && place < from.places;
-      cos[j / 2] = turns ? from.cos[angle] : 1.0f, sin[j / 2] = turns ? from.sin[angle] : 0.0f;
+      for (int j = 0; j < TURNED; j += 2) {
+        const int place = row + lane / 4 + j / 2 % 2 * 8 + from.offset;
+        const int pair = (column + (i + j) / 4 * 8 + lane % 4 * 2) / 2;
+        const int angle = place * (HEAD / 2) + pair % (HEAD / 2);
+        const bool turns = pair < (from.q_width + from.kv_width) / 2 && place < from.places;
+        cos[j / 2] = turns ? from.cos[angle] : 1.0f, sin[j / 2] = turns ? from.sin[angle] : 0.0f;
+      }
     }
   }
 };
