@@ -78,7 +78,7 @@ def check_calls() -> None:
 def check_pictures(engine: Engine) -> None:
     """Images as they came give the bits of those that were resized before."""
     size, generator = TINY.image_size, np.random.default_rng(0)
-    shapes = [(size, size), (40, 30), (9, 21), (40, 30)]
+    shapes = [(size, size), (40, 30), (9, 21), (30, 40)]
     images = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     for first, second in ((1, 3), (2, 0), (None, 1)):  # the last size was forgotten meanwhile
         pair = {n: images[i] for n, i in zip("ab", (first, second), strict=True) if i is not None}

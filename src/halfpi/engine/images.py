@@ -47,9 +47,11 @@ class ImageInput:
             for block in fresh:
                 self._rooms[images.dtype].bring(block, pixels[places[block]])
             return images.dtype
-        for block in fresh:
-            picture: Any = images[places[block]]
-            self._room_for(picture.shape[:2]).bring(block, picture)
+        pictures: dict[int, Any] = {block: images[places[block]] for block in fresh}
+        # Before any of them comes, because to make a resizer writes to all blocks.
+        rooms = {block: self._room_for(one.shape[:2]) for block, one in pictures.items()}
+        for block, room in rooms.items():
+            room.bring(block, pictures[block])
         return torch.uint8
 
     def _room_for(self, shape: tuple[int, ...]) -> _Room:
@@ -59,7 +61,8 @@ class ImageInput:
         room = self._resizers.pop(shape, None)
         if room is None:
             room = self._make_resizer(*shape)
-            if len(self._resizers) == _SIZES:
+            # Not those of the same call.
+            if len(self._resizers) == max(_SIZES, len(self._target)):
                 self._forget_oldest()
         self._resizers[shape] = room
         return room
