@@ -1,5 +1,5 @@
 // Attention of the actions: a cluster has one head and its blocks share out the keys. A block
-// averages the values of its keys for all rows, then merges all averages of some dimensions.
+// adds up the values of its keys for all rows, then merges all sums of some dimensions.
 #pragma once
 #include "attention_few.cuh"
 #include "attention_many.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ void merge(const Block& b, const Scale& scale) {
   b.wait_for(AVERAGES_FULL);
   if (row < ROWS) {
     float sum[8];
-    merge_parts<PEERS>(b.floats(LOG_SUMS) + row,
+    merge_parts<PEERS>(reinterpret_cast<const RowPart*>(b.memory + PARTS_OF_ROWS) + row, ROW_PARTS,
                        b.shared + AVERAGES + (column / 8 * ROWS + row) * 16, AVERAGE_PIECE, sum);
     store_operand(b, MERGED, row, COLUMNS * b.rank + column, sum, scale.inverse());
   }

@@ -9,10 +9,11 @@
 namespace {
 
 // Statistics, fp32 (warp, row): the highest logits and the sums of weights of each warp's keys, and behind
-// the last warp's those of the keys of actions; and what a warp's weights are relative to, then log-sums.
+// the last warp's those of the keys of actions; and what a warp's weights are relative to, then RowPart.
 constexpr int TOPS = STATISTICS, TOTALS = TOPS + (WARPS + 1) * STATISTIC;
 constexpr int BASES = TOTALS + (WARPS + 1) * STATISTIC;
 static_assert(!FEW || BASES + WARPS * STATISTIC == QUERIES, "they have as much room as they need");
+static_assert(!FEW || ROW_PART_BYTES == STATISTIC, "one takes the place of the other");
 
 // Of COUNT numbers, the combination over the eight threads of a warp that have the same rows of the actions:
 // each is left with some of them, from the `first`th on, and stores those.
@@ -170,28 +171,25 @@ struct AttentionOfFew {
     if (has_recent) total += of_warp(b, TOTALS, WARPS)[b.lane];
   }
 
-  // The averages of a part, of which each warp has the sixteen dimensions that a peer merges, and once
-  // log-sums.
+  // The sums of a part, of which each warp has the sixteen dimensions that a peer merges, and once RowPart.
   __device__ __forceinline__ void send(const Block& b, int part) const {
     const int peer = own(b);
     const u32 to = b.shared + STAGED + peer * AVERAGE_PIECE + part * PART_BYTES + b.lane % 4 * 4;
-    const float inverse = inverse_of(total);
 #pragma unroll
     for (int i = 0; i < SUMS; i += 4) {
-      const float even = __shfl_sync(~0u, inverse, row_of(b, i / 2));
-      const float odd = __shfl_sync(~0u, inverse, row_of(b, i / 2 + 1));
       const float* v = average[part] + i;
-      const u32 first = transposed(pack_bf16(v[0] * even, v[1] * odd));
-      const u32 second = transposed(pack_bf16(v[2] * even, v[3] * odd));
+      const u32 first = transposed(pack_bf16(v[0], v[1])), second = transposed(pack_bf16(v[2], v[3]));
       const int row = 2 * i + b.lane / 4;
       if (row >= ROWS) continue;
       store_shared(to + row * 16, first);
       store_shared(to + (ROWS + row) * 16, second);
     }
-    if (part == 0) of_warp(b, BASES, own(b))[b.lane] = log_sum_of(highest, LOGIT_SCALE, total);
+    if (part == 0) {
+      reinterpret_cast<RowPart*>(of_warp(b, BASES, own(b)))[b.lane] = {highest * LOGIT_SCALE, total};
+    }
     fence_async_proxy();
     __syncwarp();
-    if (elected()) push_averages(b, peer, part, b.shared + BASES + peer * STATISTIC);
+    if (elected()) push_sums(b, peer, part, b.shared + BASES + peer * STATISTIC);
   }
 };
 

@@ -13,7 +13,7 @@ __device__ __forceinline__ void give(const Block& b, int statistic, const float 
 __device__ __forceinline__ float taken(const Block& b, int statistic, int group, int row) {
   return b.floats(STATISTICS)[(statistic * GROUPS + group) * 64 + row];
 }
-enum Statistic { HIGHEST, TOTAL, LOG_SUM };
+enum Statistic { HIGHEST, TOTAL, STATISTIC_COUNT };
 
 struct AttentionOfMany {
   static constexpr int KEYS = TILE / GROUPS;        // of a group
@@ -72,22 +72,21 @@ struct AttentionOfMany {
     }
   }
 
-  // The averages of a part, of which four peers merge sixteen dimensions each, and once log-sums. Blocks begin
-  // with different peers: what all send to the same one comes one after the other.
+  // The sums of a part, of which four peers merge sixteen dimensions each, and once RowPart. Blocks begin with different peers: what all send to the same one comes one after the other.
   __device__ __forceinline__ void send(const Block& b, int part) const {
     const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + part * PART_BYTES;
-    store_average<ROWS>(average[part], total, to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
-    if (part == 0) {
-      float log_sum[2];
+    const int rows = STATISTICS + STATISTIC_COUNT * GROUPS * STATISTIC + b.group * ROW_PART_BYTES;
+    store_sums<ROWS>(average[part], to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
+    if (part == 0 && b.lane % 4 == 0) {
+      RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + rows) + b.row;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) log_sum[i] = log_sum_of(highest[i], LOGIT_SCALE, total[i]);
-      give(b, LOG_SUM, log_sum);
+      for (int i = 0; i < 2; ++i) of_row[8 * i] = {highest[i] * LOGIT_SCALE, total[i]};
     }
     fence_async_proxy();
     b.together();
     if (!elected()) return;
     const int peer = 4 * b.group + ((b.warp + b.rank) & 3);
-    push_averages(b, peer, part, b.shared + STATISTICS + (LOG_SUM * GROUPS + b.group) * STATISTIC);
+    push_sums(b, peer, part, b.shared + rows);
   }
 };
 

@@ -60,15 +60,15 @@ __device__ __forceinline__ void add_values(Block& b, float (&average)[PARTS][SUM
   b.ring.advance(KEY_UNITS);
 }
 
-// By one thread: a part of the averages of which `peer` merges sixteen dimensions, and once log-sums
-// of all rows.
-__device__ __forceinline__ void push_averages(const Block& b, int peer, int part, u32 log_sums) {
+// By one thread: a part of the sums of which `peer` merges sixteen dimensions, and once RowPart of all
+// rows.
+__device__ __forceinline__ void push_sums(const Block& b, int peer, int part, u32 rows) {
   const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
   bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE + part * PART_BYTES, peer),
             b.shared + STAGED + peer * AVERAGE_PIECE + part * PART_BYTES, PART_BYTES, full);
   if (part) return;
-  bulk_push(in_block(b.shared + LOG_SUMS + b.rank * STATISTIC, peer), log_sums, STATISTIC, full);
-  if (peer == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + STATISTIC));
+  bulk_push(in_block(b.shared + PARTS_OF_ROWS + b.rank * ROW_PART_BYTES, peer), rows, ROW_PART_BYTES, full);
+  if (peer == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + ROW_PART_BYTES));
 }
 
 }  // namespace

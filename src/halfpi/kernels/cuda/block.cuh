@@ -36,7 +36,8 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // Of attention: numbers of each row, and all those that a block works with (attention_few.cuh,
 // attention_many.cuh).
 constexpr int WARPS = 4 * GROUPS, STATISTIC = 64 * 4;
-constexpr int STATISTICS_BYTES = (FEW ? 3 * WARPS + 2 : 3 * GROUPS) * STATISTIC;
+constexpr int STATISTICS_BYTES = (FEW ? 3 * WARPS + 2 : 4 * GROUPS) * STATISTIC;
+constexpr int ROW_PARTS = FEW ? 32 : 64, ROW_PART_BYTES = ROW_PARTS * 8;  // of a block's keys
 
 // Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
 // activations, those of each turn where a piece of X was. Peers push queries and hidden activations once
@@ -47,8 +48,9 @@ constexpr int WEIGHED = TILE + 16;  // keys of a tile, those of actions, and zer
 constexpr int STATISTICS = WEIGHTS + WEIGHED * (FEW ? LINE_ROWS : 64) * 2;
 constexpr int QUERIES = STATISTICS + STATISTICS_BYTES;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
-constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, LOG_SUMS = MERGED + ROWS * HEAD * BYTES;
-constexpr int RECENT_KEYS = LOG_SUMS + PEERS * STATISTIC, RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
+constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, PARTS_OF_ROWS = MERGED + ROWS * HEAD * BYTES;
+constexpr int RECENT_KEYS = PARTS_OF_ROWS + PEERS * ROW_PART_BYTES;
+constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
 constexpr int AREA_BYTES = larger(X_BYTES, RECENT_KEYS + RECENT_BYTES);
 constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;

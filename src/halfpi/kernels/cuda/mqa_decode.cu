@@ -1,6 +1,6 @@
 // Attention of a few queries whose heads share one head of keys: a cluster has 64 rows, which are
-// heads of tokens, and its blocks share out the keys. A block averages the values of its keys, then
-// merges all blocks' averages of some dimensions.
+// heads of tokens, and its blocks share out the keys. A block adds up the values of its keys, then
+// merges all blocks' sums of some dimensions.
 #include "mqa.cuh"
 
 namespace {
@@ -14,8 +14,9 @@ constexpr int QUERIES = 0, KEYS = QUERIES + LINES * QUERY_LINE, VALUES = KEYS + 
 constexpr int AVERAGES = QUERIES, STAGED = VALUES;  // once those are read
 constexpr int WEIGHTS = VALUES + LINES * TILE_LINE;  // (chunk of keys, row, 16 bytes)
 constexpr int HIGHEST = WEIGHTS + TILE * ROWS * 2, TOTAL = HIGHEST + GROUPS * ROWS * 4;
-constexpr int LOG_SUM = TOTAL + GROUPS * ROWS * 4, LOG_SUMS = LOG_SUM + GROUPS * ROWS * 4;
-constexpr int KEYS_FULL = LOG_SUMS + PEERS * ROWS * 4, VALUES_FULL = KEYS_FULL + 8 * LINES;
+constexpr int PART_BYTES = ROWS * 8;  // RowPart of a block's keys
+constexpr int ROW_PART = TOTAL + GROUPS * ROWS * 4, ROW_PARTS = ROW_PART + GROUPS * PART_BYTES;
+constexpr int KEYS_FULL = ROW_PARTS + PEERS * PART_BYTES, VALUES_FULL = KEYS_FULL + 8 * LINES;
 constexpr int AVERAGES_FULL = VALUES_FULL + 8 * LINES;
 static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
 
@@ -129,17 +130,16 @@ struct Attention {
     if (last) send<1>(b);
   }
 
-  // As (chunk, row, 16 bytes) of each of four peers, and once log-sums.
+  // As (chunk, row, 16 bytes) of each of four peers, and once RowPart.
   template <int PART>
   __device__ __forceinline__ void send(const Block& b) const {
     const u32 staged = b.shared + STAGED + PARTS * b.group * TILE_LINE + PART * 4 * HALF_PIECE;
     if (PART == 0) b.together();  // values of this part are read
-    store_average<ROWS>(average[PART], total, staged + b.lane % 4 * 4, b.row, HALF_PIECE);
-    if (PART == 0) {
-      float log_sum[2];
+    store_sums<ROWS>(average[PART], staged + b.lane % 4 * 4, b.row, HALF_PIECE);
+    if (PART == 0 && b.lane % 4 == 0) {
+      RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + ROW_PART + b.group * PART_BYTES) + b.row;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) log_sum[i] = log_sum_of(highest[i], LOGIT_SCALE, total[i]);
-      b.give(LOG_SUM, log_sum);
+      for (int i = 0; i < 2; ++i) of_row[8 * i] = {highest[i] * LOGIT_SCALE, total[i]};
     }
     fence_async_proxy();
     b.together();
@@ -148,8 +148,8 @@ struct Attention {
     bulk_push(in_block(b.shared + AVERAGES + b.rank * PIECE + PART * HALF_PIECE, peer),
               staged + b.warp * HALF_PIECE, HALF_PIECE, full);
     if (PART) return;
-    bulk_push(in_block(b.shared + LOG_SUMS + b.rank * ROWS * 4, peer),
-              b.shared + LOG_SUM + b.group * ROWS * 4, ROWS * 4, full);
+    bulk_push(in_block(b.shared + ROW_PARTS + b.rank * PART_BYTES, peer),
+              b.shared + ROW_PART + b.group * PART_BYTES, PART_BYTES, full);
   }
 };
 
@@ -159,8 +159,8 @@ __device__ __forceinline__ void merge(const Block& b, char* out, int rows, float
   static_assert(THREADS * 16 == PIECE, "each thread has one chunk");
   if (row >= rows) return;
   float sum[8];
-  merge_parts<PEERS>(b.floats(LOG_SUMS) + row, b.shared + AVERAGES + (chunk * ROWS + row) * 16,
-                     PIECE, sum);
+  merge_parts<PEERS>(reinterpret_cast<const RowPart*>(b.memory + ROW_PARTS) + row, ROWS,
+                     b.shared + AVERAGES + (chunk * ROWS + row) * 16, PIECE, sum);
   const int line = PARTS * (b.rank / 4) + chunk / 2;
   const int column = line * LINE + b.rank % 4 * 16 + chunk % 2 * 8;
   store_eight<FP8>(out + (long(row) * HEAD + column) * BYTES, 0, sum, scale);
@@ -198,7 +198,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   if (copies && elected()) {
     b.copy_keys(keys, key, &queries, sequence * rows + first_row);
     b.copy_values(values, key);
-    mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (PIECE + ROWS * 4));
+    mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (PIECE + PART_BYTES));
   }
   Attention attention;
 #pragma unroll 1

@@ -84,44 +84,48 @@ __device__ __forceinline__ float inverse_of(float total) {
   return total > 0.0f ? reciprocal(total) : 0.0f;
 }
 
-// Averages of 64 dimensions of both rows, of which COUNT rows are stored, as (chunk, row, 16 bytes),
-// each two chunks `piece` bytes from those before. to: this thread's place in a chunk's first row.
-// first: the first of its rows.
+// Sums of values in 64 dimensions of both rows, of which COUNT rows are stored, as (chunk, row, 16
+// bytes), each two chunks `piece` bytes from those before. to: this thread's place in a chunk's first
+// row. first: the first of its rows.
 template <int COUNT>
-__device__ __forceinline__ void store_average(const float (&average)[32], const float (&total)[2],
-                                              u32 to, int first, int piece) {
+__device__ __forceinline__ void store_sums(const float (&sums)[32], u32 to, int first, int piece) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first + 8 * i;
     if (COUNT < 64 && row >= COUNT) continue;
-    const float inverse = inverse_of(total[i]);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float* v = average + 4 * j + 2 * i;
-      store_shared(to + j / 2 * piece + (j % 2 * COUNT + row) * 16,
-                   pack_bf16(v[0] * inverse, v[1] * inverse));
+      const float* v = sums + 4 * j + 2 * i;
+      store_shared(to + j / 2 * piece + (j % 2 * COUNT + row) * 16, pack_bf16(v[0], v[1]));
     }
   }
 }
 
-// Averages of eight dimensions of a row over parts of the keys become one. log_sums: of this row, of
-// a part 64 from those of the next.
+// Of a row and a part of the keys: the highest logit, scaled, and the sum of the weights, which are
+// relative to it.
+struct RowPart {
+  float highest, total;
+};
+
+// A row's sums of values in eight dimensions over PARTS of the keys become an average. rows: from the
+// row in a part to the row in the next, of which the sums are `stride` bytes apart.
 template <int PARTS>
-__device__ __forceinline__ void merge_parts(const float* log_sums, u32 averages, u32 stride,
+__device__ __forceinline__ void merge_parts(const RowPart* parts, int rows, u32 sums, u32 stride,
                                             float (&sum)[8]) {
-  float log_sum[PARTS], highest = -infinity(), total = 0.0f;
+  RowPart part[PARTS];
+  float highest = -infinity(), total = 0.0f;
 #pragma unroll
   for (int s = 0; s < PARTS; ++s) {
-    log_sum[s] = log_sums[s * 64];
-    highest = fmaxf(highest, log_sum[s]);
+    part[s] = parts[s * rows];
+    highest = fmaxf(highest, part[s].highest);
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
 #pragma unroll
   for (int s = 0; s < PARTS; ++s) {
-    float w = exp2_fast(log_sum[s] - highest);
-    total += w;
-    const uint4 v = load_shared(averages + s * stride);
+    float w = exp2_fast(part[s].highest - highest);
+    total += w * part[s].total;
+    const uint4 v = load_shared(sums + s * stride);
     sum[0] += w * low_bf16(v.x), sum[1] += w * high_bf16(v.x);
     sum[2] += w * low_bf16(v.y), sum[3] += w * high_bf16(v.y);
     sum[4] += w * low_bf16(v.z), sum[5] += w * high_bf16(v.z);
