@@ -77,11 +77,13 @@ class Operations:
         reader: Matrix,
         count: Tensor,
         pending: Pending | None = None,
+        kept: Tensor | None = None,
     ) -> None:
-        """RMSNorm of `x` (m, d), to which what is `pending` is added first."""
+        """RMSNorm of `x` (m, d), to which what is `pending` is added first; `kept` gets that."""
         launch = self._launches.of("rms_norm", x, out.dtype, m=x.shape[0], d=x.shape[1])
         update = {} if pending is None else _update(pending)
-        rms_norm(x, gain, out, launch, scale=reader.input_scale, count=count, **update)
+        scale = reader.input_scale
+        rms_norm(x, gain, out, launch, kept=kept, scale=scale, count=count, **update)
 
     def ada_rms_norm(
         self,

@@ -98,14 +98,11 @@ class PrefillStage:
         """One block; `pending` is the output of the one before, which its first norm adds."""
         ops, count, rows = self._ops, self._count, x.shape[0]
         normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
-        source = self._embedded[:rows] if index == 0 else x
-        ops.rms_norm(source, layer.attn_gain, normed, layer.qkv, count, pending)
+        # The first leaves image tokens as they are, for calls that reuse them.
+        source, kept = (self._embedded[:rows], x) if index == 0 else (x, None)
+        ops.rms_norm(source, layer.attn_gain, normed, layer.qkv, count, pending, kept)
         self._attention(index, layer, normed)
-        attended = None
-        if index == 0:  # image tokens stay as they are, for calls that reuse them
-            ops.linear(mixed, layer.out, x, residual=source, count=count)
-        else:
-            attended = ops.split_linear(mixed, layer.out, count=count)
+        attended = ops.split_linear(mixed, layer.out, count=count)
         normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
         ops.rms_norm(x, layer.mlp_gain, normed, layer.gate_up, count, attended)
         ops.geglu(normed, layer.gate_up, hidden, layer.down, count=count)

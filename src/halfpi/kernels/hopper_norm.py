@@ -42,6 +42,7 @@ def hopper_norm(
     partials: Tensor | None = None,
     alpha: Tensor | None = None,
     partials_bias: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: Tensor | None = None,
     count: Tensor | None = None,
 ) -> None:
@@ -56,13 +57,15 @@ def hopper_norm(
                 f"{name} must be bfloat16 with rows of at most {_MOST_NUMBERS} numbers, a multiple "
                 f"of {_CHUNK}, got {d} of {tensor.dtype}"
             )
+    if partials is not None and kept is None:
+        kept = x
     rows = min(math.ceil(m / Device.of(x.device).multiprocessors), _MOST_ROWS)
     splits = 0 if partials is None else partials.shape[0]
     macros = defines(d, splits, rows, eps, out.dtype, layer=bias is not None)
     kernel = load_once("row_norm", x.device, 32 * rows, **macros)
     kernel(
         (math.ceil(m / rows),),
-        x, weight, bias, partials, alpha, partials_bias, out, scale, count, m,
+        x, kept, weight, bias, partials, alpha, partials_bias, out, scale, count, m,
     )  # fmt: skip
 
 

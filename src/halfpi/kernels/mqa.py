@@ -34,7 +34,7 @@ class _Kernel:
 
 KERNELS = {
     "mqa_decode": _Kernel(rows=64, tile=128, peers=8, threads=256, shared_bytes=187_392),
-    "mqa_prefill": _Kernel(rows=128, tile=64, peers=2, threads=384, shared_bytes=230_528),
+    "mqa_prefill": _Kernel(rows=128, tile=64, peers=2, threads=384, shared_bytes=231_552),
 }
 _CLUSTERS = 15  # of eight blocks, which run at a time
 

@@ -7,6 +7,7 @@ residual stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 import triton
@@ -39,8 +40,10 @@ def rms_norm_reference(
     gain: Tensor,
     partials: Tensor | None = None,
     alpha: Tensor | None = None,
+    *,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What is left of `x` (m, d), if there are partials, and its norm in fp32, both (m, d).
+    """What is left of `x` (m, d), with partials or to `keep`, and its norm in fp32, both (m, d).
 
     x' = x + alpha · Σ partials and out = x' / rms(x') · gain. gain: (d,), Gemma's 1 + weight.
     partials: (splits, m, d). alpha: (1,).
@@ -49,7 +52,7 @@ def rms_norm_reference(
         update = partials.sum(0)
         x = x + (update if alpha is None else update * alpha).to(x.dtype)
     out = F.rms_norm(x.float(), gain.shape, gain, NORM_EPS)
-    return (out,) if partials is None else (x, out)
+    return (x, out) if keep or partials is not None else (out,)
 
 
 @triton.jit
@@ -60,7 +63,7 @@ def rms_normalised(value, D, EPS: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    x, gain, partials, alpha, out, scale, count, M, D,
+    x, kept, gain, partials, alpha, out, scale, count, M, D,
     SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -75,7 +78,8 @@ def _rms_norm_kernel(
         if SPLITS > 0:
             update = partial_row(partials, places, inside, M * D, SPLITS)
             value += update * alpha
-            tl.store(x + places, value.to(x.dtype.element_ty), mask=inside)
+        if kept is not None:
+            tl.store(kept + places, value.to(x.dtype.element_ty), mask=inside)
         store(out + places, rms_normalised(value, D, EPS) * factor, scale, inside)
 
 
@@ -87,14 +91,15 @@ def rms_norm(
     *,
     partials: Tensor | None = None,
     alpha: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: Tensor | None = None,
     count: Tensor | None = None,
 ) -> None:
-    """Write `rms_norm_reference` to `out` and, with partials, to `x` in place, both (m, d).
+    """Write `rms_norm_reference` to `out` and `kept`, which with partials is `x` without another.
 
-    x: bfloat16 (m, d). gain: fp32 (d,). partials: (splits, m, d) from `split_linear`. alpha: fp32
-    (1,), the product of the scales of what `split_linear` read. scale: fp32 (1,), quantises an E4M3
-    `out`. count: int32 (1,), the rows that are valid; others are neither read nor written.
+    x, kept: bfloat16 (m, d). gain: fp32 (d,). partials: (splits, m, d) from `split_linear`. alpha:
+    fp32 (1,), the product of the scales of what `split_linear` read. scale: fp32 (1,), quantises an
+    E4M3 `out`. count: int32 (1,), the rows that are valid; others are neither read nor written.
 
     Raises ValueError naming the tensor whose shape, layout or dtype is wrong.
     """
@@ -104,15 +109,19 @@ def rms_norm(
     check("gain", gain, (d,), torch.float32)
     check("partials", partials, (splits, m, d), *FLOATS)
     check("alpha", alpha, (1,), torch.float32)
+    check("kept", kept, (m, d), x.dtype)
     check_output(out, (m, d), scale)
     check("count", count, (1,), torch.int32)
+    if partials is not None and kept is None:
+        kept = x
     if launch.kernel == "hopper":
         hopper_norm(
-            x, gain, out, NORM_EPS, partials=partials, alpha=alpha, scale=scale, count=count
-        )
+            x, gain, out, NORM_EPS,
+            partials=partials, alpha=alpha, kept=kept, scale=scale, count=count,
+        )  # fmt: skip
         return
     _rms_norm_kernel[(m,)](
-        x, gain, partials, alpha, out, scale, count, m, d,
+        x, kept, gain, partials, alpha, out, scale, count, m, d,
         SPLITS=splits, EPS=NORM_EPS, BLOCK_D=triton.next_power_of_2(d), **launch.options(),
     )  # fmt: skip
 
@@ -126,7 +135,9 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
     if splits:
         inputs["partials"] = torch.randn(splits, m, d, device=device).to(case.workspace_dtype)
         inputs["alpha"] = torch.full((1,), 0.5, device=device)
-    return norm_problem(rms_norm, rms_norm_reference, inputs, case, launch, flops=4)
+    keep = bool(case["keep"])
+    reference = partial(rms_norm_reference, keep=keep)
+    return norm_problem(rms_norm, reference, inputs, case, launch, flops=4, keep=keep)
 
 
 def norm_problem(
@@ -136,19 +147,22 @@ def norm_problem(
     case: Case,
     launch: Launch,
     flops: int,
+    *,
+    keep: bool = False,
 ) -> Problem:
     """A `norm` of `inputs`, among them x (m, d) and maybe partials, of which some rows are valid.
 
-    flops: of each value, without its share of the partials.
+    flops: of each value, without its share of the partials. keep: beside x, instead of in place.
     """
     (m, d), splits, device = inputs["x"].shape, case["splits"], inputs["x"].device
     valid = torch.arange(m) < case["valid"]
-    x = Output(inputs["x"].clone(), valid=valid)
+    x = inputs["x"] if keep else inputs["x"].clone()
+    kept = Output(torch.full_like(x, torch.nan) if keep else x, valid=valid)
     output = poisoned_output((m, d), case, device, valid)
     count = torch.full((1,), case["valid"], dtype=torch.int32, device=device)
     return Problem(
         run=lambda: norm(
-            **{**inputs, "x": x.tensor},
+            **{**inputs, "x": x, **({"kept": kept.tensor} if keep else {})},
             out=output.tensor,
             launch=launch,
             scale=output.scale,
@@ -156,20 +170,22 @@ def norm_problem(
         ),
         reference=reference,
         inputs=inputs,
-        outputs=(x, output) if splits else (output,),
+        outputs=(kept, output) if keep or splits else (output,),
         flops=(flops + splits) * m * d,
-        bytes=moved_bytes(inputs, output.tensor, *([x.tensor] if splits else [])),
+        bytes=moved_bytes(inputs, output.tensor, *([kept.tensor] if keep or splits else [])),
     )
 
 
 def _cases() -> Iterator[Case]:
-    prefill = {"m": 968, "d": 2048, "valid": 968, "splits": 0}
+    prefill = {"m": 968, "d": 2048, "valid": 968, "splits": 0, "keep": 0}
     for out_dtype in (torch.bfloat16, FP8):
         yield Case("prefill", prefill, out_dtype=out_dtype)
+        yield Case("prefill-first", {**prefill, "keep": 1}, out_dtype=out_dtype)
         yield Case("prefill-sum", {**prefill, "splits": 2}, out_dtype=out_dtype)
-    yield Case("ragged", {"m": 9, "d": 72, "valid": 7, "splits": 0}, real=False)
-    ragged = {"m": 3, "d": 300, "valid": 3, "splits": 3}
+    yield Case("ragged", {"m": 9, "d": 72, "valid": 7, "splits": 0, "keep": 0}, real=False)
+    ragged = {"m": 3, "d": 300, "valid": 3, "splits": 3, "keep": 0}
     yield Case("ragged-wide", ragged, out_dtype=FP8, real=False)
+    yield Case("ragged-kept", {**ragged, "valid": 2, "keep": 1}, out_dtype=FP8, real=False)
 
 
 SPEC = KernelSpec("rms_norm", tuple(_cases()), _problem, norm_launches)

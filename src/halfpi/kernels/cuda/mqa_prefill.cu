@@ -11,13 +11,13 @@ constexpr int PEERS = 2;
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 constexpr int UNIT = LINES * TILE_LINE, SLOTS = 5;  // a ring of keys and values in turn
 constexpr int QUERIES = 0, RING = QUERIES + LINES * QUERY_LINE;
-constexpr int LOG_SUM = RING + SLOTS * UNIT, PEERS_LOG_SUM = LOG_SUM + ROWS * 4;
-constexpr int FULL = PEERS_LOG_SUM + ROWS * 4, EMPTY = FULL + 8 * SLOTS;
+constexpr int PART = RING + SLOTS * UNIT, PEERS_PART = PART + ROWS * 8;  // RowPart
+constexpr int FULL = PEERS_PART + ROWS * 8, EMPTY = FULL + 8 * SLOTS;
 constexpr int QUERIES_FULL = EMPTY + 8 * SLOTS, AVERAGES_FULL = QUERIES_FULL + 8 * LINES;
 static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
-// Averages of a warp's sixteen rows lie where queries of its group were, in one of the lines: those
-// for the other block, and those from there.
-constexpr int HALF = HEAD / PEERS, HALF_BYTES = 16 * HALF * 2;
+// Sums of a warp's sixteen rows lie where queries of its group were, in one of the lines: those for the
+// other block, and those from there.
+constexpr int HALF = HEAD / PEERS, HALF_BYTES = 16 * HALF * 2, PART_BYTES = 16 * 8;
 static_assert(2 * HALF_BYTES * 4 * GROUPS == LINES * QUERY_LINE, "all of it");
 
 using Cursor = RingCursor<SLOTS>;
@@ -132,49 +132,46 @@ struct Attention {
     keep(weights);
   }
 
-  __device__ __forceinline__ float log_sum(int i) const {
-    return log_sum_of(highest[i], LOGIT_SCALE, total[i]);
+  __device__ __forceinline__ RowPart part(int i) const { return {highest[i] * LOGIT_SCALE, total[i]}; }
+  __device__ static __forceinline__ RowPart* part_at(const Block& b, int at) {
+    return reinterpret_cast<RowPart*>(b.memory + at) + b.row() + b.lane / 4;
   }
 
   // The half from FIRST on, to the same warp of the other block, as 16 bytes of each thread in turn.
   template <int FIRST>
   __device__ __forceinline__ void send(const Block& b) const {
     const u32 peer = 1 - b.rank, full = in_block(b.shared + AVERAGES_FULL, peer);
-    float inverse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) inverse[i] = inverse_of(total[i]);
 #pragma unroll
     for (int i = 0; i < HALF / 2; i += 8) {
       u32 words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* v = average + FIRST / 2 + i + 2 * j;
-        words[j] = pack_bf16(v[0] * inverse[j % 2], v[1] * inverse[j % 2]);
+        words[j] = pack_bf16(v[0], v[1]);
       }
       store_shared(b.given() + (i / 8 * 32 + b.lane) * 16,
                    make_uint4(words[0], words[1], words[2], words[3]));
     }
-    float* log_sums = b.floats(LOG_SUM) + b.row() + b.lane / 4;
-    if (b.lane % 4 == 0) log_sums[0] = log_sum(0), log_sums[8] = log_sum(1);
+    if (b.lane % 4 == 0) part_at(b, PART)[0] = part(0), part_at(b, PART)[8] = part(1);
     fence_async_proxy();
     __syncwarp();
     if (!elected()) return;
     bulk_push(in_block(b.taken(), peer), b.given(), HALF_BYTES, full);
-    bulk_push(in_block(b.shared + PEERS_LOG_SUM + b.row() * 4, peer),
-              b.shared + LOG_SUM + b.row() * 4, 16 * 4, full);
+    bulk_push(in_block(b.shared + PEERS_PART + b.row() * 8, peer), b.shared + PART + b.row() * 8,
+              PART_BYTES, full);
   }
 
   // The half from FIRST on, with what the other block sent.
   template <int FIRST>
   __device__ __forceinline__ void merge(const Block& b, float scale) {
-    const float* others = b.floats(PEERS_LOG_SUM) + b.row() + b.lane / 4;
     float own[2], other[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float mine = log_sum(i), theirs = others[8 * i], top = fmaxf(mine, theirs);
-      own[i] = exp2_fast(mine - top), other[i] = exp2_fast(theirs - top);
-      const float inverse = scale * reciprocal(own[i] + other[i]);
-      own[i] *= total[i] > 0.0f ? inverse * reciprocal(total[i]) : 0.0f, other[i] *= inverse;
+      const RowPart mine = part(i), theirs = part_at(b, PEERS_PART)[8 * i];
+      const float top = fmaxf(mine.highest, theirs.highest);
+      own[i] = exp2_fast(mine.highest - top), other[i] = exp2_fast(theirs.highest - top);
+      const float inverse = scale * reciprocal(own[i] * mine.total + other[i] * theirs.total);
+      own[i] *= inverse, other[i] *= inverse;
     }
 #pragma unroll
     for (int i = 0; i < HALF / 2; i += 8) {
@@ -280,7 +277,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
       mbarrier_init(b.shared + i, i >= EMPTY && i < QUERIES_FULL ? CONSUMERS / 32 : 1);
     }
     mbarriers_ready();
-    mbarrier_expect(b.shared + AVERAGES_FULL, CONSUMERS / 32 * (HALF_BYTES + 16 * 4));
+    mbarrier_expect(b.shared + AVERAGES_FULL, CONSUMERS / 32 * (HALF_BYTES + PART_BYTES));
   }
   cluster_barrier();
   wait_for_kernel_before();

@@ -83,11 +83,11 @@ __device__ __forceinline__ void load(uint4 (&to)[MINE], const char* row) {
 
 }  // namespace
 
-// x, out: (m, D), x changed in place with partials (SPLITS, m, D): it gets alpha times their sum, and
-// partials_bias. LAYER: LayerNorm with `bias`, else RMSNorm. valid: the rows that are.
+// x, out: (m, D), x with partials (SPLITS, m, D) added: alpha times their sum, and partials_bias. What is
+// normed is kept, too, maybe in x itself, if that is not null. LAYER: LayerNorm with `bias`, else RMSNorm. valid: the rows that are.
 // One block a multiprocessor: for more, the compiler saves registers, and each load is waited for.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    row_norm(char* x, const float* weight, const float* bias, const char* partials,
+    row_norm(const char* x, char* kept, const float* weight, const float* bias, const char* partials,
              const float* alpha, const float* partials_bias, char* out, const float* scale,
              const int* valid, long long m) {
   extern __shared__ __align__(16) char memory[];
@@ -105,9 +105,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   wait_for_kernel_before();
   if (row >= rows) return;
 
-  char* const begin = x + long(row) * D * 2;
+  const long begin = long(row) * D * 2;
   uint4 before[MINE], parts[SPLITS + 1][MINE];
-  load(before, begin);
+  load(before, x + begin);
 #pragma unroll
   for (int split = 0; split < SPLITS; ++split) {
     load(parts[split], partials + (split * m + row) * D * 2);
@@ -115,10 +115,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   sum.add(before, 1.0f);
 #pragma unroll
   for (int split = 0; split < SPLITS; ++split) sum.add(parts[split], times);
-  if (SPLITS) {
+  if (kept) {
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
-      if (there(i)) reinterpret_cast<uint4*>(begin)[chunk(i)] = eight_bf16(sum.v[i]);
+      if (there(i)) reinterpret_cast<uint4*>(kept + begin)[chunk(i)] = eight_bf16(sum.v[i]);
     }
   }
 

@@ -74,16 +74,6 @@ __device__ __forceinline__ void shrink(float (&average)[PARTS][32], float (&tota
   }
 }
 
-// The logarithm of the sum of a row's exponentials, of which `total` has those less the highest.
-__device__ __forceinline__ float log_sum_of(float highest, float scale, float total) {
-  return highest * scale + log2_fast(total);
-}
-
-// What turns values added with weights of `total` into an average; without keys there is none.
-__device__ __forceinline__ float inverse_of(float total) {
-  return total > 0.0f ? reciprocal(total) : 0.0f;
-}
-
 // Sums of values in 64 dimensions of both rows, of which COUNT rows are stored, as (chunk, row, 16
 // bytes), each two chunks `piece` bytes from those before. to: this thread's place in a chunk's first
 // row. first: the first of its rows.
