@@ -48,6 +48,8 @@ def hopper_norm(
 ) -> None:
     """As `layer_norm` with a bias, else as `rms_norm`, which have checked all but `partials`.
 
+    kept: gets `x` with partials added, maybe in place.
+
     Raises ValueError naming the tensor that is not bfloat16, or whose rows have another width.
     """
     m, d = x.shape
@@ -57,8 +59,6 @@ def hopper_norm(
                 f"{name} must be bfloat16 with rows of at most {_MOST_NUMBERS} numbers, a multiple "
                 f"of {_CHUNK}, got {d} of {tensor.dtype}"
             )
-    if partials is not None and kept is None:
-        kept = x
     rows = min(math.ceil(m / Device.of(x.device).multiprocessors), _MOST_ROWS)
     splits = 0 if partials is None else partials.shape[0]
     macros = defines(d, splits, rows, eps, out.dtype, layer=bias is not None)

@@ -113,7 +113,8 @@ def layer_norm(
     if launch.kernel == "hopper":
         hopper_norm(
             x, weight, out, NORM_EPS, bias=bias, partials=partials, alpha=alpha,
-            partials_bias=partials_bias, scale=scale, count=count,
+            partials_bias=partials_bias, kept=None if partials is None else x,
+            scale=scale, count=count,
         )  # fmt: skip
         return
     _layer_norm_kernel[(m,)](

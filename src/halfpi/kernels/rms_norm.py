@@ -135,7 +135,7 @@ def _problem(case: Case, launch: Launch, device: torch.device) -> Problem:
     if splits:
         inputs["partials"] = torch.randn(splits, m, d, device=device).to(case.workspace_dtype)
         inputs["alpha"] = torch.full((1,), 0.5, device=device)
-    keep = bool(case["keep"])
+    keep = bool(case.sizes.get("keep"))
     reference = partial(rms_norm_reference, keep=keep)
     return norm_problem(rms_norm, reference, inputs, case, launch, flops=4, keep=keep)
 
@@ -177,13 +177,13 @@ def norm_problem(
 
 
 def _cases() -> Iterator[Case]:
-    prefill = {"m": 968, "d": 2048, "valid": 968, "splits": 0, "keep": 0}
+    prefill = {"m": 968, "d": 2048, "valid": 968, "splits": 0}
     for out_dtype in (torch.bfloat16, FP8):
         yield Case("prefill", prefill, out_dtype=out_dtype)
         yield Case("prefill-first", {**prefill, "keep": 1}, out_dtype=out_dtype)
         yield Case("prefill-sum", {**prefill, "splits": 2}, out_dtype=out_dtype)
-    yield Case("ragged", {"m": 9, "d": 72, "valid": 7, "splits": 0, "keep": 0}, real=False)
-    ragged = {"m": 3, "d": 300, "valid": 3, "splits": 3, "keep": 0}
+    yield Case("ragged", {"m": 9, "d": 72, "valid": 7, "splits": 0}, real=False)
+    ragged = {"m": 3, "d": 300, "valid": 3, "splits": 3}
     yield Case("ragged-wide", ragged, out_dtype=FP8, real=False)
     yield Case("ragged-kept", {**ragged, "valid": 2, "keep": 1}, out_dtype=FP8, real=False)
 

@@ -41,8 +41,8 @@ constexpr int ROW_PARTS = FEW ? 32 : 64, ROW_PART_BYTES = ROW_PARTS * 8;  // of 
 
 // Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
 // activations, those of each turn where a piece of X was. Peers push queries and hidden activations once
-// this block has told that it is done with what they replace. Averages are staged for peers where queries
-// were.
+// this block has told that it is done with what they replace. Averages, which are divided when they are
+// merged, are staged for peers where queries were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
 constexpr int WEIGHED = TILE + 16;  // keys of a tile, those of actions, and zeros
 constexpr int STATISTICS = WEIGHTS + WEIGHED * (FEW ? LINE_ROWS : 64) * 2;
