@@ -17,7 +17,7 @@ from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed
 
 from halfpi.config import Pi05Config, ProcessingConfig, RobotName
-from halfpi.engine import EagerEngine
+from halfpi.engine import EagerEngine, Noise, drawn
 from halfpi.model import Pi05
 from halfpi.policy import Policy
 from halfpi.processing import Processor
@@ -78,10 +78,10 @@ class StubEngine:
     def run(
         self,
         inputs: ModelInputs,
-        noise: torch.Tensor,
+        noise: Noise,
         *_: object,
     ) -> tuple[torch.Tensor, StageTimes]:
-        actions = torch.full(noise.shape, self.act(inputs))
+        actions = torch.full(drawn(noise).shape, self.act(inputs))
         return actions, TIMES
 
 
