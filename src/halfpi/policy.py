@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from halfpi.model import Guidance
 from halfpi.processing.pipeline import ModelInputs, Processor
 from halfpi.processing.tokenizer import find_tokenizer, load_tokenizer
 from halfpi.quant import load_scales
-from halfpi.types import ActionChunk, Keep, Observation, StageTimes
+from halfpi.types import ActionChunk, Keep, Observation
 
 NANO = Path(__file__).parent / "assets" / "nano"
 NOTHING = Keep()
@@ -105,7 +106,7 @@ class Policy:
             self._age += 1
         actions = self.processor.outputs(normalized.numpy(), self._prefix_of)
         processing_ms += (time.perf_counter() - began) * 1000
-        times = StageTimes(processing_ms, times.vision_ms, times.prefill_ms, times.denoise_ms)
+        times = dataclasses.replace(times, processing_ms=processing_ms)
         return ActionChunk(actions, normalized.numpy(), times, self._age, keep)
 
     def arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -30,10 +30,12 @@ class ImageInput:
 
     def __init__(self, buffers: Mapping[torch.dtype, Tensor], operations: Operations) -> None:
         self._rooms = {dtype: _Room.beside(buffer) for dtype, buffer in buffers.items()}
-        self._target = buffers[torch.uint8]
-        self._operations = operations
-        self._resizers: dict[tuple[int, ...], _Room] = {}  # the latest last
-        self._make_resizer(1, 1)  # compiles, so that no call waits for it
+        self._size = buffers[torch.uint8].shape[1:3]
+        # As many as one call may have. Making one waits for the device, which may still copy from
+        # the one that is then forgotten.
+        remembered = lru_cache(max(_SIZES, len(buffers[torch.uint8])))
+        self._resizer = remembered(partial(_resizing_room, buffers[torch.uint8], operations))
+        _resizing_room(buffers[torch.uint8], operations, 1, 1)  # compiles: no call waits for it
 
     def load(
         self, images: Tensor | Pictures, places: Sequence[int], fresh: Sequence[int]
@@ -56,35 +58,7 @@ class ImageInput:
 
     def _room_for(self, shape: tuple[int, ...]) -> _Room:
         """Of pictures of that height and width."""
-        if shape == self._target.shape[1:3]:
-            return self._rooms[torch.uint8]
-        room = self._resizers.pop(shape, None)
-        if room is None:
-            room = self._make_resizer(*shape)
-            # Not those of the same call.
-            if len(self._resizers) == max(_SIZES, len(self._target)):
-                self._forget_oldest()
-        self._resizers[shape] = room
-        return room
-
-    def _forget_oldest(self) -> None:
-        if self._target.is_cuda:
-            torch.cuda.synchronize()  # the device may still copy from there
-        del self._resizers[next(iter(self._resizers))]
-
-    def _make_resizer(self, height: int, width: int) -> _Room:
-        """Room for images of another size, which are resized once they are there."""
-        target, operations = self._target, self._operations
-        came = target.new_zeros(target.shape[0], height, width, 3)
-        new_height, new_width = fitted_size(height, width, target.shape[1])
-        rows = taps(height, new_height, target.device)
-        columns = taps(width, new_width, target.device)
-
-        def resize(block: int) -> None:
-            one = slice(block, block + 1)
-            operations.resize(came[one], target[one], rows, columns)
-
-        return _Room.beside(came, resize)
+        return self._rooms[torch.uint8] if shape == self._size else self._resizer(*shape)
 
 
 @dataclass(frozen=True)
@@ -115,6 +89,20 @@ class _Room:
         pixels, copy = self.places[block]
         pixels[:] = image  # NumPy's copy starts no threads
         copy()
+
+
+def _resizing_room(target: Tensor, operations: Operations, height: int, width: int) -> _Room:
+    """For images of another size, which are resized into `target` once they are there."""
+    came = target.new_zeros(target.shape[0], height, width, 3)
+    new_height, new_width = fitted_size(height, width, target.shape[1])
+    rows = taps(height, new_height, target.device)
+    columns = taps(width, new_width, target.device)
+
+    def resize(block: int) -> None:
+        one = slice(block, block + 1)
+        operations.resize(came[one], target[one], rows, columns)
+
+    return _Room.beside(came, resize)
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

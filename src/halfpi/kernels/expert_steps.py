@@ -38,7 +38,7 @@ from halfpi.kernels.spec import FP8, check
 NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
 _LONGEST = 64  # horizon: the rows of a tile
-_FEW = 16  # rows, as in cuda/exchange.cuh
+_FEW = 16  # rows
 _THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 3 * 32  # words, before those of layers (cuda/exchange.cuh)
@@ -87,13 +87,18 @@ class ExpertSizes:
         return 1 if self.horizon <= _ROW_BLOCKS else 2
 
     @property
+    def few(self) -> bool:
+        """Whether rows are so few that they have an attention of their own."""
+        return self.horizon <= _FEW
+
+    @property
     def turns(self) -> int:
         """In which gate/up is multiplied.
 
         Two take longer, but half of the hidden activations travels meanwhile, which pays for those
         of many rows in bfloat16.
         """
-        return 2 if self.horizon > _FEW and self.precision == torch.bfloat16 else 1
+        return 2 if not self.few and self.precision == torch.bfloat16 else 1
 
     @property
     def blocks(self) -> int:
@@ -126,6 +131,7 @@ class ExpertSizes:
             "DEPTH": self.depth,
             "ACTION_DIM": self.action_dim,
             "FP8": int(self.precision == FP8),
+            "FEW": int(self.few),
             "TURNS": self.turns,
             "BUFFER_BYTES": self.buffer_bytes,
             "SHARED_BYTES": _SHARED_BYTES,

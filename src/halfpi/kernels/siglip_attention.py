@@ -7,7 +7,6 @@ goes in steps. The CUDA source lies in `cuda/` and is compiled at run time (extr
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from halfpi.kernels.cuda_launch import load_once, tensor_map
@@ -50,17 +49,19 @@ def siglip_attention(
                 f"{name} must be {(b, TOKENS, q, HEAD_DIM)} with images and heads side by side, "
                 f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
-    most_blocks = b * q * TOKENS // min(SHARED_BYTES)
-    rows = min(SHARED_BYTES) if most_blocks <= Device.of(query.device).multiprocessors else 128
-    kernel = load_once("siglip_attention", query.device, 2 * rows, **defines(rows, out.dtype))
+    at_once = b * q * TOKENS // 64 <= Device.of(query.device).multiprocessors
+    rows = 64 if at_once else 128
+    kernel = load_once(
+        "siglip_attention", query.device, 2 * rows, FP8=int(out.dtype == FP8), **defines(rows)
+    )
     stride = query.stride(1) * query.itemsize
     maps = _tensor_maps(keys) + _tensor_maps(values)
     kernel((TOKENS // rows, q, b), query, stride, *maps, bias, out, scale)
 
 
-def defines(rows: int, out_dtype: torch.dtype) -> dict[str, int]:
-    """The macros of `cuda/siglip_attention.cu`, for `rows` queries a block."""
-    return {"ROWS": rows, "FP8": int(out_dtype == FP8), "SHARED_BYTES": SHARED_BYTES[rows]}
+def defines(rows: int) -> dict[str, int]:
+    """The macros of `cuda/siglip_attention.cu`, for `rows` queries a block, but FP8."""
+    return {"ROWS": rows, "SHARED_BYTES": SHARED_BYTES[rows]}
 
 
 def _tensor_maps(heads: Tensor) -> list[object]:

@@ -78,11 +78,8 @@ struct AttentionOfMany {
     const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + part * PART_BYTES;
     const int rows = STATISTICS + STATISTIC_COUNT * GROUPS * STATISTIC + b.group * ROW_PART_BYTES;
     store_sums<ROWS>(average[part], to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
-    if (part == 0 && b.lane % 4 == 0) {
-      RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + rows) + b.row;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) of_row[8 * i] = {highest[i] * LOGIT_SCALE, total[i]};
-    }
+    RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + rows) + b.row;
+    if (part == 0) store_row_parts(of_row, b.lane, highest, LOGIT_SCALE, total);
     fence_async_proxy();
     b.together();
     if (!elected()) return;

@@ -30,8 +30,7 @@
 namespace exchange {
 using namespace hopper;
 
-constexpr int ROWS = HORIZON;
-constexpr bool FEW = ROWS <= 16;  // what is faster for those is not for more
+constexpr int ROWS = HORIZON;  // maybe FEW: what is faster for those is not for more
 constexpr int WIDTH = 1024, MLP = 4096, HEADS = 8, HEAD = 256;
 constexpr int PEERS = 8, BLOCKS = HEADS * PEERS;  // a cluster has one head
 constexpr int BYTES = FP8 ? 1 : 2;                // of an operand

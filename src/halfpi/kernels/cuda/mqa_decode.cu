@@ -136,11 +136,8 @@ struct Attention {
     const u32 staged = b.shared + STAGED + PARTS * b.group * TILE_LINE + PART * 4 * HALF_PIECE;
     if (PART == 0) b.together();  // values of this part are read
     store_sums<ROWS>(average[PART], staged + b.lane % 4 * 4, b.row, HALF_PIECE);
-    if (PART == 0 && b.lane % 4 == 0) {
-      RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + ROW_PART + b.group * PART_BYTES) + b.row;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) of_row[8 * i] = {highest[i] * LOGIT_SCALE, total[i]};
-    }
+    RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + ROW_PART + b.group * PART_BYTES) + b.row;
+    if (PART == 0) store_row_parts(of_row, b.lane, highest, LOGIT_SCALE, total);
     fence_async_proxy();
     b.together();
     if (!elected()) return;

@@ -97,6 +97,14 @@ struct RowPart {
   float highest, total;
 };
 
+// Of both rows, by one thread of their quad. to: where the first row's is.
+__device__ __forceinline__ void store_row_parts(RowPart* to, int lane, const float (&highest)[2],
+                                                float scale, const float (&total)[2]) {
+  if (lane % 4) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) to[8 * i] = {highest[i] * scale, total[i]};
+}
+
 // A row's sums of values in eight dimensions over PARTS of the keys become an average. rows: from the
 // row in a part to the row in the next, of which the sums are `stride` bytes apart.
 template <int PARTS>
