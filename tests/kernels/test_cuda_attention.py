@@ -25,7 +25,11 @@ MANY = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1}
 # Kernel → what it is compiled for, beside the output.
 MACROS: list[tuple[str, dict[str, int]]] = [
     *(("siglip_attention", siglip_attention.defines(rows)) for rows in (64, 128)),
-    *((name, {"SHARED_BYTES": kernel.shared_bytes}) for name, kernel in mqa.KERNELS.items()),
+    *(
+        (name, {"SHARED_BYTES": kernel.shared_bytes, "PEERS": peers})
+        for name, kernel in mqa.KERNELS.items()
+        for peers in kernel.peers
+    ),
 ]
 needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
 
@@ -76,22 +80,32 @@ def test_triton_serves_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     assert {kernel(sizes) for sizes in (SIGLIP, FEW, MANY)} == {"triton"}
 
 
-# Tokens, keys, and how many are missing in the second of two sequences: one row, fewer keys than
-# blocks, tiles that end anywhere, more keys than a block has at a time, counts of more than there
-# are.
-RAGGED = [(1, 5, 0), (3, 8, 2), (17, 129, 0), (120, 4000, 77)]
-RAGGED += [(121, 3, 1), (200, 70, 60), (300, 2000, 11), (968, 968, 300)]
-RAGGED += [(100, 70, -60), (121, 70, -60)]
+def test_three_blocks_share_keys_if_all_run_at_once() -> None:
+    peers = {tiles: mqa.KERNELS["mqa_prefill"].peers_for(tiles) for tiles in (1, 35, 40, 41, 61)}
+    assert peers == {1: 3, 35: 3, 40: 3, 41: 2, 61: 2}
+    assert {mqa.KERNELS["mqa_decode"].peers_for(tiles) for tiles in (1, 15, 16)} == {8}
+
+
+# Sequences, tokens, keys, and how many are missing in the last: one row, fewer keys than blocks,
+# tiles that end anywhere, more keys than a block has at a time, counts of more than there are.
+# First eight blocks share the keys, then three, then two.
+RAGGED = [(2, 1, 5, 0), (2, 3, 8, 2), (2, 17, 129, 0), (2, 120, 4000, 77), (2, 100, 70, -60)]
+RAGGED += [(2, 121, 3, 1), (2, 200, 70, 60), (2, 300, 2000, 11), (2, 121, 70, -60)]
+RAGGED += [(2, 330, 3, 1), (2, 330, 70, 60), (2, 330, 2000, 11), (2, 968, 968, 300)]
+RAGGED += [(2, 330, 70, -60)]
+# Three again: without a key, with the same number and not, with a tile more than the others.
+RAGGED += [(1, 560, keys, 0) for keys in (1, 2, 65, 130, 193, 196, 559, 560)]
+RAGGED += [(2, 280, 560, 279), (2, 300, 200, 199)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP8])
-@pytest.mark.parametrize(("tokens", "keys", "missing"), RAGGED)
+@pytest.mark.parametrize(("sequences", "tokens", "keys", "missing"), RAGGED)
 def test_error_rule_and_equal_bits(
-    tokens: int, keys: int, missing: int, out_dtype: torch.dtype
+    sequences: int, tokens: int, keys: int, missing: int, out_dtype: torch.dtype
 ) -> None:
-    sizes = {"b": 2, "t": tokens, "q": 8, "k": 256, "s": keys, "kv": 1, "bias": 0}
+    sizes = {"b": sequences, "t": tokens, "q": 8, "k": 256, "s": keys, "kv": 1, "bias": 0}
     case = Case("", {**sizes, "missing": missing}, out_dtype=out_dtype)
     launch = attention_launches.attention_launches(case, Device.of(CUDA))[0]
     if launch.kernel not in mqa.KERNELS:

@@ -3,8 +3,9 @@
 All heads of a token are rows of one product. The blocks of a cluster have the same rows and share
 out the keys; they merge their averages from shared memory to shared memory, where the Triton kernel
 needs a second one. With few rows eight blocks bring the keys sooner. With many rows two blocks
-halve what each multiprocessor reads of them, which is what limits it. The CUDA source lies in
-`cuda/` and is compiled at run time (extra `hopper`).
+halve what each multiprocessor reads of them, which is what limits it, and three blocks use
+multiprocessors that two would leave idle. The CUDA source lies in `cuda/` and is compiled at run
+time (extra `hopper`).
 """
 
 from __future__ import annotations
@@ -23,27 +24,36 @@ _LINE = 64  # dimensions of a copy
 
 @dataclass(frozen=True)
 class _Kernel:
-    """rows: of a cluster. tile: keys of a copy. peers: blocks of a cluster, of `threads`."""
+    """rows: of a cluster. tile: keys of a copy. peers: blocks of a cluster, of `threads`.
+
+    The first of several numbers of peers is meant for clusters that all run at a time.
+    """
 
     rows: int
     tile: int
-    peers: int
+    peers: tuple[int, ...]
     threads: int
     shared_bytes: int
 
+    def peers_for(self, clusters: int) -> int:
+        """How many blocks each of so many clusters has."""
+        return self.peers[0] if clusters <= _CLUSTERS[self.peers[0]] else self.peers[-1]
+
 
 KERNELS = {
-    "mqa_decode": _Kernel(rows=64, tile=128, peers=8, threads=256, shared_bytes=187_392),
-    "mqa_prefill": _Kernel(rows=128, tile=64, peers=2, threads=384, shared_bytes=231_552),
+    "mqa_decode": _Kernel(rows=64, tile=128, peers=(8,), threads=256, shared_bytes=187_392),
+    "mqa_prefill": _Kernel(rows=128, tile=64, peers=(3, 2), threads=384, shared_bytes=230_528),
 }
-_CLUSTERS = 15  # of eight blocks, which run at a time
+# Blocks of a cluster → how many clusters are taken to run at a time on 132 multiprocessors. None
+# spans two GPCs, so some multiprocessors are left over.
+_CLUSTERS = {8: 15, 3: 40}
 
 
 def kernel_for(case: Case) -> str | None:
     """The kernel that is meant for the sizes of a `case` of attention, if one can do them."""
     if (case["k"], case["kv"]) != (HEAD_DIM, 1):
         return None
-    few = case["t"] * case["q"] <= _CLUSTERS * KERNELS["mqa_decode"].rows
+    few = case["t"] * case["q"] <= _CLUSTERS[8] * KERNELS["mqa_decode"].rows
     return "mqa_decode" if few else "mqa_prefill"
 
 
@@ -76,11 +86,12 @@ def mqa(
         tensor_map(tensor.view(-1, HEAD_DIM), (rows, _LINE))
         for tensor, rows in ((query, sizes.rows), (keys, sizes.tile), (values, sizes.tile))
     )
+    tiles = math.ceil(t * q / sizes.rows)
+    peers = sizes.peers_for(tiles * b)
     kernel = load_once(
         name, query.device, sizes.threads,
-        FP8=int(out.dtype == FP8), SHARED_BYTES=sizes.shared_bytes,
+        PEERS=peers, FP8=int(out.dtype == FP8), SHARED_BYTES=sizes.shared_bytes,
     )  # fmt: skip
     kernel(
-        (sizes.peers, math.ceil(t * q / sizes.rows), b), *maps, out, scale, key_count, query_count,
-        keys.shape[1], t * q, q,
+        (peers, tiles, b), *maps, out, scale, key_count, query_count, keys.shape[1], t * q, q,
     )  # fmt: skip

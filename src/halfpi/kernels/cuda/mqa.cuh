@@ -1,4 +1,4 @@
-// What both kernels of multi-query attention agree on.
+// What both kernels of multi-query attention agree on. A cluster has PEERS blocks.
 #pragma once
 #include "softmax.cuh"
 #include "wgmma.cuh"
@@ -32,7 +32,7 @@ struct Place {
 };
 
 // Which of `total` keys a block has, all shared out evenly, and their tiles, which are at least one.
-template <int PEERS, int TILE>
+template <int TILE>
 struct Share {
   int first, count, tiles;
 

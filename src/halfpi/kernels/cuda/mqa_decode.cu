@@ -6,7 +6,8 @@
 namespace {
 
 constexpr int ROWS = 64, TILE = 128;  // keys at a time
-constexpr int PEERS = 8, GROUPS = 2, THREADS = 128 * GROUPS;
+constexpr int GROUPS = 2, THREADS = 128 * GROUPS;
+static_assert(PEERS == 4 * GROUPS, "each warp sends to one");
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 // A group has PARTS lines of the values. Of each a peer merges 16 dimensions: half of its piece.
 constexpr int PARTS = LINES / GROUPS, HALF_PIECE = ROWS * 16 * 2, PIECE = PARTS * HALF_PIECE;
@@ -189,7 +190,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   wait_for_kernel_before();
   if (valid_rows <= 0) return;
 
-  const Share<PEERS, TILE> share(b.rank, key_total);
+  const Share<TILE> share(b.rank, key_total);
   const int key = sequence * capacity + share.first;
   const bool copies = b.group == 0 && b.warp == 0;
   if (copies && elected()) {

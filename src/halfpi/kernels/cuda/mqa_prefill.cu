@@ -1,24 +1,29 @@
-// Attention of many queries whose heads share one head of keys: a pair of blocks has 128 rows, which
-// are heads of tokens, and each takes half of the keys, so that a multiprocessor reads half of them.
-// Then each merges half of the dimensions of all rows.
+// Attention of many queries whose heads share one head of keys: a cluster of blocks has 128 rows, which
+// are heads of tokens, and each block takes its share of the keys, so that a multiprocessor reads fewer
+// of them. Then each merges its share of the dimensions of all rows.
 #include "mqa.cuh"
 
 namespace {
 
 constexpr int GROUPS = 2, ROWS = 64 * GROUPS, TILE = 64;  // keys at a time
 constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;  // a warp of the last copies
-constexpr int PEERS = 2;
+constexpr int WARPS = CONSUMERS / 32;
 constexpr int QUERY_LINE = ROWS * LINE * 2, TILE_LINE = TILE * LINE * 2;
 constexpr int UNIT = LINES * TILE_LINE, SLOTS = 5;  // a ring of keys and values in turn
 constexpr int QUERIES = 0, RING = QUERIES + LINES * QUERY_LINE;
-constexpr int PART = RING + SLOTS * UNIT, PEERS_PART = PART + ROWS * 8;  // RowPart
-constexpr int FULL = PEERS_PART + ROWS * 8, EMPTY = FULL + 8 * SLOTS;
+constexpr int PART = RING + SLOTS * UNIT;  // RowPart
+constexpr int FULL = PART + ROWS * 8, EMPTY = FULL + 8 * SLOTS;
 constexpr int QUERIES_FULL = EMPTY + 8 * SLOTS, AVERAGES_FULL = QUERIES_FULL + 8 * LINES;
 static_assert(AVERAGES_FULL + 8 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
-// Sums of a warp's sixteen rows lie where queries of its group were, in one of the lines: those for the
-// other block, and those from there.
-constexpr int HALF = HEAD / PEERS, HALF_BYTES = 16 * HALF * 2, PART_BYTES = 16 * 8;
-static_assert(2 * HALF_BYTES * 4 * GROUPS == LINES * QUERY_LINE, "all of it");
+// A block merges dimensions in sixteens: each thread sends 16 bytes of them, and E4M3 stores 16 of a row.
+constexpr int SIXTEENS = HEAD / 16, WIDEST = (SIXTEENS + PEERS - 1) / PEERS * 16;
+__device__ constexpr int first_dimension(int rank) { return rank * SIXTEENS / PEERS * 16; }
+// Sums of a warp's sixteen rows go to the same warp of each other block, from a slot of the ring for each.
+// There they lie where queries of its group were, in one of the lines, those of each block in its place.
+constexpr int GIVEN_BYTES = UNIT / WARPS, MOST_BYTES = 16 * WIDEST * 2, PART_BYTES = 16 * 8;
+constexpr int TAKEN_BYTES = MOST_BYTES + PART_BYTES, PLACE_BYTES = QUERY_LINE / GROUPS;
+static_assert(MOST_BYTES <= GIVEN_BYTES && (PEERS - 1) * TAKEN_BYTES <= PLACE_BYTES, "they have room");
+static_assert(PEERS <= SLOTS, "the last values are in a slot that is not free");
 
 using Cursor = RingCursor<SLOTS>;
 
@@ -28,11 +33,15 @@ struct Block : Place {
   __device__ __forceinline__ u32 unit(const Cursor& at) const {
     return shared + RING + at.slot * UNIT;
   }
-  __device__ __forceinline__ u32 given() const {  // by this warp
-    return shared + QUERIES + warp * QUERY_LINE + group * (QUERY_LINE / GROUPS);
+  // Of this warp:
+  __device__ __forceinline__ int row() const { return 64 * group + 16 * warp; }
+  __device__ __forceinline__ u32 given(const Cursor& at) const {
+    return unit(at) + (4 * group + warp) * GIVEN_BYTES;
   }
-  __device__ __forceinline__ u32 taken() const { return given() + HALF_BYTES; }
-  __device__ __forceinline__ int row() const { return 64 * group + 16 * warp; }  // of this warp
+  // Where in memory sums are from the block whose rank is `distance` further on, and then RowPart.
+  __device__ __forceinline__ int taken(int distance) const {
+    return QUERIES + warp * QUERY_LINE + group * PLACE_BYTES + (distance - 1) * TAKEN_BYTES;
+  }
 };
 
 // By a warp: all tiles of keys and values, and first the queries.
@@ -134,91 +143,119 @@ struct Attention {
 
   __device__ __forceinline__ RowPart part(int i) const { return {highest[i] * LOGIT_SCALE, total[i]}; }
   __device__ static __forceinline__ RowPart* part_at(const Block& b, int at) {
-    return reinterpret_cast<RowPart*>(b.memory + at) + b.row() + b.lane / 4;
+    return reinterpret_cast<RowPart*>(b.memory + at) + b.lane / 4;
   }
 
-  // The half from FIRST on, to the same warp of the other block, as 16 bytes of each thread in turn.
-  template <int FIRST>
-  __device__ __forceinline__ void send(const Block& b) const {
-    const u32 peer = 1 - b.rank, full = in_block(b.shared + AVERAGES_FULL, peer);
+  // What the block whose rank is DISTANCE further on merges, to the same warp there, as 16 bytes of each
+  // thread in turn; then what the next merges. Slots of the ring after `at` are free.
+  template <int RANK, int DISTANCE = 1>
+  __device__ __forceinline__ void send(const Block& b, Cursor at) const {
+    constexpr int PEER = (RANK + DISTANCE) % PEERS, FIRST = first_dimension(PEER);
+    constexpr int WIDTH = first_dimension(PEER + 1) - FIRST;
+    at.advance();
 #pragma unroll
-    for (int i = 0; i < HALF / 2; i += 8) {
+    for (int i = 0; i < WIDTH / 2; i += 8) {
       u32 words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* v = average + FIRST / 2 + i + 2 * j;
         words[j] = pack_bf16(v[0], v[1]);
       }
-      store_shared(b.given() + (i / 8 * 32 + b.lane) * 16,
+      store_shared(b.given(at) + (i / 8 * 32 + b.lane) * 16,
                    make_uint4(words[0], words[1], words[2], words[3]));
     }
-    if (b.lane % 4 == 0) part_at(b, PART)[0] = part(0), part_at(b, PART)[8] = part(1);
     fence_async_proxy();
     __syncwarp();
-    if (!elected()) return;
-    bulk_push(in_block(b.taken(), peer), b.given(), HALF_BYTES, full);
-    bulk_push(in_block(b.shared + PEERS_PART + b.row() * 8, peer), b.shared + PART + b.row() * 8,
-              PART_BYTES, full);
+    if (elected()) {
+      const u32 to = in_block(b.shared + b.taken(PEERS - DISTANCE), PEER);
+      const u32 full = in_block(b.shared + AVERAGES_FULL, PEER);
+      bulk_push(to, b.given(at), 16 * WIDTH * 2, full);
+      bulk_push(to + MOST_BYTES, b.shared + PART + b.row() * 8, PART_BYTES, full);
+    }
+    __syncwarp();
+    if constexpr (DISTANCE + 1 < PEERS) send<RANK, DISTANCE + 1>(b, at);
   }
 
-  // The half from FIRST on, with what the other block sent.
-  template <int FIRST>
+  // WIDTH dimensions from FIRST on, with what the other blocks sent.
+  template <int FIRST, int WIDTH>
   __device__ __forceinline__ void merge(const Block& b, float scale) {
-    float own[2], other[2];
+    float weights[PEERS][2];  // of this block's sums, and of those taken
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const RowPart mine = part(i), theirs = part_at(b, PEERS_PART)[8 * i];
-      const float top = fmaxf(mine.highest, theirs.highest);
-      own[i] = exp2_fast(mine.highest - top), other[i] = exp2_fast(theirs.highest - top);
-      const float inverse = scale * reciprocal(own[i] * mine.total + other[i] * theirs.total);
-      own[i] *= inverse, other[i] *= inverse;
+      RowPart parts[PEERS] = {part(i)};
+      float top = parts[0].highest, sum = 0.0f;
+#pragma unroll
+      for (int s = 1; s < PEERS; ++s) {
+        parts[s] = part_at(b, b.taken(s) + MOST_BYTES)[8 * i];
+        top = fmaxf(top, parts[s].highest);
+      }
+#pragma unroll
+      for (int s = 0; s < PEERS; ++s) {
+        weights[s][i] = exp2_fast(parts[s].highest - top);
+        sum += weights[s][i] * parts[s].total;
+      }
+      const float inverse = scale * reciprocal(sum);
+#pragma unroll
+      for (int s = 0; s < PEERS; ++s) weights[s][i] *= inverse;
     }
 #pragma unroll
-    for (int i = 0; i < HALF / 2; i += 8) {
-      const uint4 v = load_shared(b.taken() + (i / 8 * 32 + b.lane) * 16);
-      const u32 words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < WIDTH / 2; i += 8) {
+      float* const sums = average + FIRST / 2 + i;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float* at = average + FIRST / 2 + i + 2 * j;
-        at[0] = at[0] * own[j % 2] + low_bf16(words[j]) * other[j % 2];
-        at[1] = at[1] * own[j % 2] + high_bf16(words[j]) * other[j % 2];
+      for (int j = 0; j < 8; ++j) sums[j] *= weights[0][j / 2 % 2];
+#pragma unroll
+      for (int s = 1; s < PEERS; ++s) {
+        const uint4 v = load_shared(b.shared + b.taken(s) + (i / 8 * 32 + b.lane) * 16);
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums[2 * j] += low_bf16(words[j]) * weights[s][j % 2];
+          sums[2 * j + 1] += high_bf16(words[j]) * weights[s][j % 2];
+        }
       }
     }
     __syncwarp();
   }
 
-  // Of the warp's rows `valid`, the half from FIRST on, to where it is in the first row, by way of
-  // shared memory: 16 bytes of a row change places.
-  template <int FIRST>
+  // Of the warp's rows `valid`, WIDTH dimensions from FIRST on, to where the first row has them, by way
+  // of shared memory: rows are an odd number of 16 bytes apart there, so that eight lie in all banks.
+  template <int FIRST, int WIDTH>
   __device__ __forceinline__ void store(const Block& b, char* out, int valid) const {
-    constexpr int ROW_BYTES = HALF * BYTES, PIECES = ROW_BYTES / 16;
+    constexpr int PIECES = WIDTH * BYTES / 16, PITCH = (PIECES | 1) * 16;
+    static_assert(16 * PITCH <= PLACE_BYTES, "where the queries were");
+    const u32 staged = b.shared + b.taken(1);
 #pragma unroll
-    for (int i = 0; i < HALF / 2; i += 2) {
+    for (int i = 0; i < WIDTH / 2; i += 2) {
       const int row = b.lane / 4 + i / 2 % 2 * 8;
-      const int byte = (i / 4 * 8 + b.lane % 4 * 2) * BYTES;
-      const u32 at = b.taken() + row * ROW_BYTES + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
       const float* v = average + FIRST / 2 + i;
-      store_pair<FP8>(at, v[0], v[1]);
+      store_pair<FP8>(staged + row * PITCH + (i / 4 * 8 + b.lane % 4 * 2) * BYTES, v[0], v[1]);
     }
     __syncwarp();
 #pragma unroll
     for (int i = b.lane; i < 16 * PIECES; i += 32) {
       const int row = i / PIECES, piece = i % PIECES;
       if (row >= valid) continue;
-      const uint4 v = load_shared(b.taken() + row * ROW_BYTES + (piece ^ (row % 8)) * 16);
+      const uint4 v = load_shared(staged + row * PITCH + piece * 16);
       *reinterpret_cast<uint4*>(out + long(row) * HEAD * BYTES + piece * 16) = v;
     }
   }
 
-  // What is left once all queries are read: this block keeps the half from OWN on.
-  template <int OWN>
-  __device__ __forceinline__ void finish(const Block& b, float scale, char* out, int valid) {
-    send<HALF - OWN>(b);
+  // What is left once all blocks have read their queries, and all keys and values but the last values,
+  // which are at `last`. RANK, this block's, tells which sums are whose: registers have no addresses.
+  template <int RANK = 0>
+  __device__ __forceinline__ void finish(const Block& b, const Cursor& last, float scale, char* out,
+                                         int valid) {
+    if constexpr (RANK + 1 < PEERS) {
+      if (b.rank != RANK) return finish<RANK + 1>(b, last, scale, out, valid);
+    }
+    constexpr int FIRST = first_dimension(RANK), WIDTH = first_dimension(RANK + 1) - FIRST;
+    store_row_parts(part_at(b, PART + b.row() * 8), b.lane, highest, LOGIT_SCALE, total);
+    send<RANK>(b, last);
     b.wait_for(AVERAGES_FULL, 0);
     __syncwarp();
-    cluster_arrive_relaxed();  // the other block need not stay to give more
-    merge<OWN>(b, scale);
-    store<OWN>(b, out + OWN * BYTES, valid);
+    cluster_arrive_relaxed();  // other blocks need not stay to give more
+    merge<FIRST, WIDTH>(b, scale);
+    store<FIRST, WIDTH>(b, out + FIRST * BYTES, valid);
   }
 };
 
@@ -227,9 +264,9 @@ __device__ __forceinline__ void release(const Block& b, const Cursor& at) {
 }
 
 // All keys of this block. Each product but the first is started while the values of the tile before
-// are added.
-__device__ __forceinline__ void attend(const Block& b, Attention& attention,
-                                       const Share<PEERS, TILE>& share) {
+// are added. Tells where the last values are.
+__device__ __forceinline__ Cursor attend(const Block& b, Attention& attention,
+                                         const Share<TILE>& share) {
   Cursor keys, values;
   values.advance();
   attention.multiply(b, keys, true);
@@ -247,10 +284,11 @@ __device__ __forceinline__ void attend(const Block& b, Attention& attention,
     wgmma_wait<0>();
     release(b, keys);
   }
-  cluster_arrive_relaxed();  // queries are read, so averages may come
+  cluster_arrive_relaxed();  // queries are read, so averages may come, and keys, so they may be staged
   attention.weigh(b, share.count - (share.tiles - 1) * TILE);
   attention.add_values(b, values);
   attention.added<0>();
+  return values;
 }
 
 }  // namespace
@@ -270,14 +308,16 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   const int key_total = valid_count(key_count, sequence, capacity);
   const int valid_rows = valid_count(query_count, sequence, rows, heads) - first_row;
   const float inverse_scale = FP8 ? reciprocal(*scale) : 1.0f;
-  const Share<PEERS, TILE> share(b.rank, key_total);
+  const Share<TILE> share(b.rank, key_total);
   if (threadIdx.x == 0) {
     prefetch_map(queries), prefetch_map(keys), prefetch_map(values);
     for (int i = FULL; i <= AVERAGES_FULL; i += 8) {
-      mbarrier_init(b.shared + i, i >= EMPTY && i < QUERIES_FULL ? CONSUMERS / 32 : 1);
+      mbarrier_init(b.shared + i, i >= EMPTY && i < QUERIES_FULL ? WARPS : 1);
     }
     mbarriers_ready();
-    mbarrier_expect(b.shared + AVERAGES_FULL, CONSUMERS / 32 * (HALF_BYTES + PART_BYTES));
+    const int width = first_dimension(b.rank + 1) - first_dimension(b.rank);
+    const int bytes = 16 * width * 2 + PART_BYTES;  // of a warp, from each other block
+    mbarrier_expect(b.shared + AVERAGES_FULL, (PEERS - 1) * WARPS * bytes);
   }
   cluster_barrier();
   wait_for_kernel_before();
@@ -294,16 +334,12 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   } else {
     more_registers<232>();
     Attention attention;
-    attend(b, attention, share);
+    const Cursor last = attend(b, attention, share);
     attention.total[0] = over_quad(attention.total[0], false);
     attention.total[1] = over_quad(attention.total[1], false);
     cluster_wait();
     char* to = out + (row + b.row()) * HEAD * BYTES;
-    if (b.rank) {
-      attention.finish<HALF>(b, inverse_scale, to, valid_rows - b.row());
-    } else {
-      attention.finish<0>(b, inverse_scale, to, valid_rows - b.row());
-    }
+    attention.finish(b, last, inverse_scale, to, valid_rows - b.row());
   }
   cluster_wait();
 }
