@@ -198,7 +198,10 @@ def _layer(block: Any) -> ExpertLayer:
 
 
 class Case:
-    """Random weights and inputs; for FP8 with scales calibrated on the FP32 reference."""
+    """Random weights and inputs; for FP8 with scales calibrated on the FP32 reference.
+
+    loud: how much larger the keys of actions are than those of the prefix.
+    """
 
     def __init__(
         self,
@@ -207,6 +210,7 @@ class Case:
         decided: int = 0,
         guided: bool = False,
         spare: int = 0,
+        loud: float = 1.0,
     ) -> None:
         torch.manual_seed(0)
         device = torch.device("cuda")
@@ -243,6 +247,8 @@ class Case:
             "gains": torch.linspace(0.5, 2, steps, device=device),
         }
         layers = [random_layer(device) for _ in range(depth)]
+        for layer in layers:
+            layer.qkv[2048:2304] *= loud
         self.scales: dict[str, Tensor] = {}
         if sizes.precision == FP8:
             self._quantise(layers)
@@ -353,6 +359,12 @@ class TestOnHopper:
                 id="few-rows-many-keys",
             ),
             pytest.param(dataclasses.replace(SMALL, horizon=3), 100, {}, id="three-rows"),
+            # Keys of actions that make all weights anew, because theirs are far above the others'.
+            pytest.param(SMALL, 100, {"loud": 60.0}, id="few-loud-rows"),
+            pytest.param(
+                dataclasses.replace(SMALL, horizon=50), 1400, {"loud": 60.0}, id="loud-rows"
+            ),
+            pytest.param(dataclasses.replace(SMALL, horizon=50), 3, {}, id="splits-without-keys"),
             pytest.param(dataclasses.replace(SMALL, horizon=50), 513, {"decided": 5}, id="decided"),
             pytest.param(
                 dataclasses.replace(SMALL, horizon=64, action_dim=7),

@@ -191,6 +191,7 @@ RAGGED: list[tuple[str, dict[str, int], tuple[int, int], dict[str, int]]] = [
     # One tile each, and several of a block.
     ("geglu", {"m": 300, "n": 176, "k": 144, "valid": 299}, (2, 96), {}),
     ("geglu", {"m": 300, "n": 176, "k": 144, "valid": 299}, (3, 192), {"programs": 2}),
+    ("geglu", {"m": 300, "n": 176, "k": 144, "valid": 299}, (3, 64), {"programs": 2}),
     ("geglu", {"m": 520, "n": 528, "k": 272, "valid": 400}, (2, 64), {"programs": 6, "peers": 2}),
     ("qkv_rope", {**ROPE, "m": 300, "valid": 290}, (2, 80), {}),
     ("qkv_rope", {**ROPE, "m": 300, "valid": 300}, (3, 48), {}),

@@ -51,8 +51,8 @@ class Variant:
     head: int = 0
 
     def held(self, launch: TileLaunch) -> bool:
-        """Whether a tile is finished during the next one's products, for which two groups fit."""
-        return bool(launch.programs) and self.gated and launch.block_m == 2 * GROUP_ROWS
+        """Whether a tile is finished during the next one's products."""
+        return bool(launch.programs) and self.gated and launch.block_m > GROUP_ROWS
 
     def threads(self, launch: TileLaunch) -> int:
         """Of a block: its groups, and a warp that copies, or a group that leaves them registers."""

@@ -219,6 +219,7 @@ def _cases() -> Iterator[Case]:
         yield Case("vision-fc2", _sizes(768, 1152, 4352, bias=1, residual=1), dtype)
         yield Case("prefill-out", _sizes(968, 2048, 2048, residual=1), dtype)
         yield Case("prefill-down", _sizes(968, 2048, 16384, residual=1), dtype)
+    yield Case("vision-patch", _sizes(768, 1152, 640, bias=1, residual=1))
     yield Case("vision-projector", _sizes(768, 2048, 1152, bias=1))
     # What the model keeps in fp32; an Euler step is the residual, with −1/steps in the weight.
     fp32 = torch.float32

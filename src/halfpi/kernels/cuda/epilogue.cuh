@@ -74,7 +74,8 @@ struct Warp {
       float even = eight[j] * alpha, odd = eight[j + 1] * alpha;
       const int in_tile = 2 * i + j / 4 * 8 + lane % 4 * 2;
       if constexpr (EPILOGUE == GATED) {
-        out[j / 2] = gelu(even) * odd * factor;
+        const float half = even * (eight[j + 1] * (0.5f * alpha * factor));
+        out[j / 2] = fmaf(half, tanh_fast(gelu_argument(even)), half);
         continue;
       }
       if constexpr (EPILOGUE == ROTATED) {

@@ -10,8 +10,11 @@ using namespace hopper;
 // Groups that need more registers than an even share have a group beside them that fills the ring.
 constexpr bool CROWDED = THREADS > 128 * GROUPS + 32;
 constexpr int FILLS = GROUPS > 2 ? 32 : 24, MULTIPLIES = GROUPS > 2 ? 160 : 240;  // registers of a thread
-// Parts in which the tile before is finished, if it is HELD, while the tensor cores have the next.
-constexpr int PARTS = HELD ? WIDTH / 32 : 1, ROWS = 64 * GROUPS;
+constexpr int ROWS = 64 * GROUPS;
+// Of a thread's sums of a tile that is HELD, those from HELD_FROM on are finished in PARTS, while the tensor
+// cores have the next tile. Three groups do not have registers for all.
+constexpr int HELD_FROM = GROUPS > 2 ? WIDTH / 48 * 8 : 0, HELD_SUMS = WIDTH / 2 - HELD_FROM;
+constexpr int PART_SUMS = HELD_SUMS % 16 ? 8 : 16, PARTS = HELD ? HELD_SUMS / PART_SUMS : 1;
 static_assert(!HELD || EPILOGUE == GATED, "what else follows a product wants sums that are not rounded");
 using Format = conditional<FP8, E4m3, Bf16>::type;
 constexpr int LINE = 128, STEP = FP8 ? LINE : LINE / 2;  // bytes and numbers along K
@@ -155,33 +158,43 @@ __device__ __forceinline__ void multiply(float (&sums)[WIDTH / 2], const Ring& r
 
 // A warp's sums of a tile, gate and up, rounded, until they are finished; of `rows` rows.
 struct Held {
-  u32 pairs[WIDTH / 4];
+  u32 pairs[HELD_SUMS / 2];
   long row;
   int column, rows;
 
-  __device__ __forceinline__ void take(const float (&sums)[WIDTH / 2]) {
+  // Those that are not held are finished at once.
+  __device__ __forceinline__ void take(const float (&sums)[WIDTH / 2], const Warp& epilogue, float alpha,
+                                       float factor) {
 #pragma unroll
-    for (int i = 0; i < WIDTH / 4; ++i) pairs[i] = pack_bf16(sums[2 * i], sums[2 * i + 1]);
+    for (int i = 0; i < HELD_FROM; i += 8) finish_eight(sums + i, i, epilogue, alpha, factor);
+#pragma unroll
+    for (int i = 0; i < HELD_SUMS / 2; ++i) {
+      const float* pair = sums + HELD_FROM + 2 * i;
+      pairs[i] = pack_bf16(pair[0], pair[1]);
+    }
   }
   __device__ __forceinline__ void finish(int part, const Warp& epilogue, const Outputs& to, float alpha,
                                          float factor) const {
-    const Turns none{};
-    constexpr int SUMS = WIDTH / 2 / PARTS;
-    static_assert(SUMS % 8 == 0, "a part has whole chunks");
+    static_assert(!HELD || HELD_SUMS % 8 == 0, "a part has whole chunks");
 #pragma unroll
-    for (int i = part * SUMS; i < (part + 1) * SUMS; i += 8) {
-      float sums[8], out[8];
+    for (int i = part * PART_SUMS; i < (part + 1) * PART_SUMS; i += 8) {
+      float sums[8];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         sums[2 * j] = low_bf16(pairs[i / 2 + j]), sums[2 * j + 1] = high_bf16(pairs[i / 2 + j]);
       }
-      epilogue.finish(sums, i, none, alpha, factor, out);
-      epilogue.store(out, i);
+      finish_eight(sums, HELD_FROM + i, epilogue, alpha, factor);
     }
     if (part + 1 == PARTS) {
       __syncwarp();
       epilogue.copy_out(to, row, rows, column);
     }
+  }
+  __device__ static __forceinline__ void finish_eight(const float* sums, int i, const Warp& epilogue,
+                                                      float alpha, float factor) {
+    float out[8];
+    epilogue.finish(sums, i, Turns{}, alpha, factor, out);
+    epilogue.store(out, i);
   }
 };
 
@@ -249,7 +262,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1)
         if (HELD) held.finish(part, epilogue, to, times, factor);
       });
       if (HELD) {
-        held.take(sums);
+        held.take(sums, epilogue, times, factor);
         held.row = tile.split * m + row, held.column = tile.column, held.rows = most - row;
       } else {
         if (ONE_TILE) named_barrier(1, 128 * GROUPS);
