@@ -137,14 +137,17 @@ class TritonEngine:
         """The places of the cameras that are there."""
         self._check_images(inputs.images)
         engine = self.engine_config
-        # NumPy, whose operations on so little take a fraction of torch's time.
-        places: list[int] = np.flatnonzero(inputs.image_mask.numpy()[0]).tolist()
+        # As a list: operations of NumPy or torch on so little take several times as long.
+        places = [place for place, there in enumerate(inputs.image_mask.tolist()[0]) if there]
         if len(places) > engine.max_cameras:
             raise ValueError(
                 f"the engine is planned for {engine.max_cameras} cameras, got {len(places)}"
             )
-        for place in set(places).intersection(kept).difference(self._blocks):
-            raise ValueError(f"camera {place} has no image tokens to keep: it was never encoded")
+        for place in places:
+            if place in kept and place not in self._blocks:
+                raise ValueError(
+                    f"camera {place} has no image tokens to keep: it was never encoded"
+                )
         return places
 
     def _prompt_tokens(self, inputs: ModelInputs, cameras: int) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ namespace {
 // What comes to the L2 ahead of the copies of a block's weights, which repeat every step. With fp8
 // that gains nothing.
 struct Ahead {
-  static constexpr int MOST = FP8 ? 0 : 3 << 16, PIECE = 8192, PACE = 115;  // bytes and clocks
+  static constexpr int MOST = FP8 ? 0 : 2 << 16, PIECE = 8192, PACE = 115;  // bytes and clocks
   const char *begin, *end, *next;
   u64 once;
   int bytes = 0;

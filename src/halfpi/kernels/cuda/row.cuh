@@ -101,7 +101,8 @@ struct Row {
   // Until one of the sums is there, of some columns of a warp. Those that come during a nap need no
   // loads of their own.
   __device__ void await_some(const char* sums, u32 mark) const {
-    constexpr int LANES = 32 / HEADS, NAP = 300;  // of a cluster's sums, and nanoseconds
+    constexpr int LANES = 32 / HEADS;            // of a cluster's sums
+    constexpr int NAP = FP8 || FEW ? 300 : 600;  // ns: looks take power, which bf16 with many rows lacks
     const int lane = thread % 32;
     const char* one = sums + lane / LANES * (WIDTH * 2) - (lane - lane % LANES) * 8;
     Watchdog watchdog;
