@@ -359,7 +359,7 @@ class TestOnHopper:
                 id="few-rows-many-keys",
             ),
             pytest.param(dataclasses.replace(SMALL, horizon=3), 100, {}, id="three-rows"),
-            # Keys of actions that make all weights anew, because theirs are far above the others'.
+            # Keys of actions whose logits are far above those of the prefix.
             pytest.param(SMALL, 100, {"loud": 60.0}, id="few-loud-rows"),
             pytest.param(
                 dataclasses.replace(SMALL, horizon=50), 1400, {"loud": 60.0}, id="loud-rows"
