@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,8 +67,14 @@ def test_launches_are_ranked_in_engines_that_use_them(
         assert isinstance(launch, TileLaunch)
         return launch
 
+    def sleeping(seconds: float, _: int) -> None:
+        time.sleep(seconds)
+
     def stage_calls(launch: TileLaunch, _: object) -> dict[str, Callable[[int], None]]:
-        return {"total": lambda _: time.sleep(0.004 if launch == slow else 0.001)}
+        seconds = {"vision": 0.001, "prefill": 0.001, "denoise": 0.008}
+        if launch == slow:  # which denoise, where it happens to be faster, must not hide
+            seconds |= {"prefill": 0.004, "denoise": 0.001}
+        return {stage: partial(sleeping, pause) for stage, pause in seconds.items()}
 
     fakes: dict[str, Any] = {
         "random_model": lambda *_, **__: None,
