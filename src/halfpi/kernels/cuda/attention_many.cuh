@@ -72,8 +72,8 @@ struct AttentionOfMany {
     }
   }
 
-  // The sums of a part, of which four peers merge sixteen dimensions each, and once RowPart. Blocks begin with
-  // different peers: what all send to the same one comes one after the other.
+  // The sums of a part, of which four peers merge sixteen dimensions each, and once RowPart. Blocks begin
+  // with different peers: what all send to the same one comes one after the other.
   __device__ __forceinline__ void send(const Block& b, int part) const {
     const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + part * PART_BYTES;
     const int rows = STATISTICS + STATISTIC_COUNT * GROUPS * STATISTIC + b.group * ROW_PART_BYTES;

@@ -15,11 +15,6 @@ constexpr int CHUNK = 16 / OUT_BYTES;              // of outputs
 constexpr bool EARLY_TURNS = EPILOGUE == ROTATED && WIDTH <= (GROUPS > 2 ? 112 : 160);
 constexpr int TURNED = EARLY_TURNS ? WIDTH / 2 : 8;  // sums
 
-__device__ __forceinline__ float gelu(float x) {
-  const float half = 0.5f * x;
-  return fmaf(half, tanh_fast(gelu_argument(x)), half);
-}
-
 // Where outputs go. Of ROTATED, query, keys and values have q_width, kv_width and kv_width of n
 // columns, in heads of HEAD; a row is at its place in the cache, and in cos and sin (places, HEAD / 2).
 struct Outputs {
@@ -74,8 +69,7 @@ struct Warp {
       float even = eight[j] * alpha, odd = eight[j + 1] * alpha;
       const int in_tile = 2 * i + j / 4 * 8 + lane % 4 * 2;
       if constexpr (EPILOGUE == GATED) {
-        const float half = even * (eight[j + 1] * (0.5f * alpha * factor));
-        out[j / 2] = fmaf(half, tanh_fast(gelu_argument(even)), half);
+        out[j / 2] = gelu_product(even, even * (eight[j + 1] * (0.5f * alpha * factor)));
         continue;
       }
       if constexpr (EPILOGUE == ROTATED) {
@@ -84,7 +78,7 @@ struct Warp {
         even = even * c - odd * s, odd = odd * c + first * s;
       }
       if constexpr (BIAS != 0) even += bias[in_tile], odd += bias[in_tile + 1];
-      if constexpr (GELU) even = gelu(even), odd = gelu(odd);
+      if constexpr (GELU) even = gelu_product(even, 0.5f * even), odd = gelu_product(odd, 0.5f * odd);
       out[j] = even * factor, out[j + 1] = odd * factor;
     }
   }

@@ -448,9 +448,9 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return y;
 }
 
-// √(2/π) · (x + 0.044715 x³): GELU is ½x (1 + tanh of it).
-__device__ __forceinline__ float gelu_argument(float x) {
-  return x * fmaf(0.0356774081f * x, x, 0.7978845608f);
+// GELU(x) · y, where `half` is ½xy: half · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
+__device__ __forceinline__ float gelu_product(float x, float half) {
+  return fmaf(half, tanh_fast(x * fmaf(0.0356774081f * x, x, 0.7978845608f)), half);
 }
 
 template <bool B, typename T, typename F>

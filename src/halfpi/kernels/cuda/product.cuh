@@ -213,8 +213,8 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
 
 // GELU(gate) · 2 up.
 __device__ __forceinline__ float gated(u32 gate_up) {
-  const float gate = low_bf16(gate_up), product = gate * high_bf16(gate_up);
-  return fmaf(product, tanh_fast(gelu_argument(gate)), product);
+  const float gate = low_bf16(gate_up);
+  return gelu_product(gate, gate * high_bf16(gate_up));
 }
 
 // In turns, hidden activations replace a piece of X each, once the second group is past those pieces, here

@@ -83,8 +83,9 @@ __device__ __forceinline__ void load(uint4 (&to)[MINE], const char* row) {
 
 }  // namespace
 
-// x, out: (m, D), x with partials (SPLITS, m, D) added: alpha times their sum, and partials_bias. What is
-// normed is kept, too, maybe in x itself, if that is not null. LAYER: LayerNorm with `bias`, else RMSNorm. valid: the rows that are.
+// x, out: (m, D), x with partials (SPLITS, m, D) added: alpha times their sum, and partials_bias. kept: gets
+// what is normed, maybe x itself, if it is not null. LAYER: LayerNorm with `bias`, else RMSNorm. valid: the
+// rows that are.
 // One block a multiprocessor: for more, the compiler saves registers, and each load is waited for.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     row_norm(const char* x, char* kept, const float* weight, const float* bias, const char* partials,
