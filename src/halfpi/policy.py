@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -95,19 +94,17 @@ class Policy:
         kept = self._places(keep.cameras)
         inputs = None if keep.prefix else self._inputs(observation)
         with_ = self.arguments(noise, given, guidance, num_steps)
-        processing_ms = (time.perf_counter() - began) * 1000
         normalized, times = self.engine.run(
             inputs, with_.noise, with_.num_steps, with_.given, with_.guidance, kept
         )
-        began = time.perf_counter()
         if self._prefix_of is None or not keep.prefix:
             self._prefix_of, self._age = observation, 0
         else:
             self._age += 1
-        actions = self.processor.outputs(normalized.numpy(), self._prefix_of)
-        processing_ms += (time.perf_counter() - began) * 1000
-        times = dataclasses.replace(times, processing_ms=processing_ms)
-        return ActionChunk(actions, normalized.numpy(), times, self._age, keep)
+        chunk = normalized.numpy()
+        actions = self.processor.outputs(chunk, self._prefix_of)
+        times = times.within((time.perf_counter() - began) * 1000)
+        return ActionChunk(actions, chunk, times, self._age, keep)
 
     def arguments(
         self,

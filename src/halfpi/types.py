@@ -40,7 +40,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds spent in each stage of one call."""
+    """Milliseconds of a call: of each stage of the model, and of processing, all the rest."""
 
     processing_ms: float = 0.0
     vision_ms: float = 0.0
@@ -51,6 +51,11 @@ class StageTimes:
     def total_ms(self) -> float:
         """The whole call: the sum of the stages."""
         return self.processing_ms + self.vision_ms + self.prefill_ms + self.denoise_ms
+
+    def within(self, total_ms: float) -> StageTimes:
+        """The same stages of a call that took `total_ms`: the rest is processing."""
+        stages = self.vision_ms, self.prefill_ms, self.denoise_ms
+        return StageTimes(total_ms - sum(stages), *stages)
 
 
 @dataclass(frozen=True)

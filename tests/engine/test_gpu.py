@@ -190,7 +190,7 @@ def test_pictures_are_resized_to_the_bits_of_pillow(model: Pi05) -> None:
     for chosen in ((0, 1, 2), (0, None, 3), (4, 1, 0), (2, 2, 2)):
         given = {n: images[i] for n, i in zip(cameras, chosen, strict=True) if i is not None}
         prepared, mask = prepare_images(given, cameras, size, "pil")
-        came, _ = pictures(given, cameras, size)
+        came = pictures(given, cameras, size)
         inputs = inputs_with(mask[0].tolist(), 20, 1)
         expected, _ = engine.run(dataclasses.replace(inputs, images=prepared), noise(1), STEPS)
         actions, _ = engine.run(dataclasses.replace(inputs, images=came), noise(1), STEPS)

@@ -83,7 +83,7 @@ def check_pictures(engine: Engine) -> None:
     for first, second in ((1, 3), (2, 0), (None, 1)):  # the last size was forgotten meanwhile
         pair = {n: images[i] for n, i in zip("ab", (first, second), strict=True) if i is not None}
         prepared, mask = prepare_images(pair, ("a", "b"), size, "pil")
-        came, _ = pictures(pair, ("a", "b"), size)
+        came = pictures(pair, ("a", "b"), size)
         inputs = inputs_with(mask[0].tolist(), 7)
         run = partial(engine.run, noise=noise(), num_steps=1)
         expected, _ = run(dataclasses.replace(inputs, images=prepared))
@@ -129,10 +129,12 @@ def check_refusals(engine: object) -> None:
 
     # The cameras that such a call began to encode are nothing to keep.
     with pytest.raises(ValueError, match="no such prompt"):
-        run(DeferredInputs(good.images, good.image_mask, unreadable), noise(), 2)
+        run(DeferredInputs(good.images, lambda: good.image_mask, unreadable), noise(), 2)
     with pytest.raises(ValueError, match="camera 1 has no image tokens to keep"):
         run(good, noise(), 2, kept=[1])
-    read = DeferredInputs(good.images, good.image_mask, lambda: (good.tokens, good.token_mask))
+    read = DeferredInputs(
+        good.images, lambda: good.image_mask, lambda: (good.tokens, good.token_mask)
+    )
     assert torch.equal(before, run(read, noise(), 1)[0])
 
 

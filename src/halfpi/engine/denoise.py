@@ -16,11 +16,12 @@ from halfpi.model import Pi05, schedule_times
 
 @dataclass(frozen=True)
 class DenoiseInputs:
-    """What a call brings, in device memory.
+    """What a call brings, in device memory, and where it leaves the actions.
 
-    actions: fp32 (h, a), noise on the way in, actions on the way out. decided: int32 (1,), how many
-    of them are given. prefix_count, key_count: int32 (1,), valid prefix tokens, and those with the
-    h actions. target: fp32 (h, a), pull: fp32 (h,), gains: fp32 (most steps,), of guidance.
+    actions: fp32 (h, a), noise. decided: int32 (1,), how many of them are given. prefix_count,
+    key_count: int32 (1,), valid prefix tokens, and those with the h actions. target: fp32 (h, a),
+    pull: fp32 (h,), gains: fp32 (most steps,), of guidance. result: fp32 (h, a), in memory of the
+    host that the device can write.
     """
 
     actions: Tensor
@@ -30,6 +31,7 @@ class DenoiseInputs:
     target: Tensor
     pull: Tensor
     gains: Tensor
+    result: Tensor
 
 
 @torch.inference_mode()
@@ -75,6 +77,7 @@ class DenoiseStage:
             # Two rows: this step's, and that of the actions that are given.
             own = modulations[step :: len(times) - step]
             self._step(step, time, 1 / len(times), own)
+        self._inputs.result.copy_(self._inputs.actions, non_blocking=True)
 
     def _step(self, step: int, time: float, size: float, modulations: Tensor) -> None:
         ops, inputs, weights = self._ops, self._inputs, self._weights

@@ -105,7 +105,7 @@ class EagerEngine:
     def _prefix(
         self, inputs: ModelInputs, kept: Collection[int], times: dict[str, float]
     ) -> PrefixCache:
-        places = inputs.image_mask[0].nonzero()[:, 0].tolist()
+        places = inputs.places
         length = int(inputs.token_mask.sum())
         with self._timed("vision_ms", times):
             image_tokens = self._image_tokens(inputs.prepared, places, kept)

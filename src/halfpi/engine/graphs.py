@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,50 @@ Replay = Callable[[], None]
 def captured(work: Callable[[], None], device: torch.device) -> Replay:
     """`work` as a CUDA graph on `device`; on a CPU, which has none, `work` itself."""
     return Graph(work, device) if device.type == "cuda" else work
+
+
+class Timed:
+    """`work`, to be replayed as by `captured`, with the milliseconds that a replay takes.
+
+    Its graph begins and ends with an event: an event by itself is another launch, which costs the
+    host most as the first of a call. On a CPU, where work is done when a call returns, it is the
+    host's clock.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self._host_ms = 0.0
+        self._events = (_event(), _event()) if device.type == "cuda" else None
+        self._replay = captured(
+            work if self._events is None else _between(self._events, work), device
+        )
+
+    def __call__(self) -> None:
+        """Replay on the current stream."""
+        began = time.perf_counter()
+        self._replay()
+        self._host_ms = (time.perf_counter() - began) * 1000
+
+    def elapsed_ms(self) -> float:
+        """Of the last replay, for which it waits."""
+        if self._events is None:
+            return self._host_ms
+        began, ended = self._events
+        ended.synchronize()
+        return float(began.elapsed_time(ended))
+
+
+def _between(events: tuple[torch.cuda.Event, torch.cuda.Event], work: Callable[[], None]) -> Replay:
+    def stamped() -> None:
+        began, ended = events
+        began.record()
+        work()
+        ended.record()
+
+    return stamped
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
 
 
 class Graph:

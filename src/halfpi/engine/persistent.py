@@ -74,6 +74,7 @@ class PersistentDenoise:
             inputs.target,
             inputs.pull,
             inputs.gains[: modulations.shape[0] - 1],
+            inputs.result,
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfpi.config import EngineConfig, Pi05Config
 from halfpi.engine.denoise import DenoiseInputs, DenoiseStage, modulation_table
-from halfpi.engine.graphs import Replay, captured
+from halfpi.engine.graphs import Timed
 from halfpi.engine.images import ImageInput
 from halfpi.engine.operations import Operations
 from halfpi.engine.packing import Packer
@@ -35,16 +35,18 @@ class Plan:
 
     staging: small inputs of a call. images: what brings the others. embedded: (s, d), rows of the
     prefix. vision: by dtype of the images, first block and number of blocks. prefill: by rows,
-    ascending. denoise: by number of steps. persistent: whether it is one
-    kernel for all steps. cold_start_s: what planning took.
+    ascending. denoise: by number of steps. result: fp32 (h, a) on the host, pinned for a GPU, where
+    denoise leaves the actions. persistent: whether it is one kernel for all steps. cold_start_s:
+    what planning took.
     """
 
     staging: Staging
     images: ImageInput
     embedded: Tensor
-    vision: Mapping[tuple[torch.dtype, int, int], Replay]
-    prefill: Mapping[int, Replay]
-    denoise: Mapping[int, Replay]
+    vision: Mapping[tuple[torch.dtype, int, int], Timed]
+    prefill: Mapping[int, Timed]
+    denoise: Mapping[int, Timed]
+    result: Tensor
     persistent: bool
     cold_start_s: float
 
@@ -64,7 +66,8 @@ def make_plan(
 
     prefill = PrefillStage(sizes, packer.prefix(), operations, embedded, cache, staging.device)
     vision = VisionStage(sizes, packer.vision(), operations, embedded, config.max_cameras)
-    stages = _denoise_stages(packer, config, operations, cache, _denoise_inputs(staging))
+    result = torch.zeros(sizes.horizon, sizes.action_dim, pin_memory=device.type == "cuda")
+    stages = _denoise_stages(packer, config, operations, cache, _denoise_inputs(staging, result))
     buffers = {torch.uint8: vision.pixels, torch.float32: vision.floats}
     tables = {steps: modulation_table(model, steps, device) for steps in config.num_steps}
     _fill_for_capture(staging, prefix_rows)
@@ -73,18 +76,19 @@ def make_plan(
         images=ImageInput(buffers, operations),
         embedded=embedded,
         vision={
-            (dtype, first, count): captured(partial(vision.enqueue, source, first, count), device)
+            (dtype, first, count): Timed(partial(vision.enqueue, source, first, count), device)
             for dtype, source in buffers.items()
             for first in range(config.max_cameras)
             for count in range(1, config.max_cameras - first + 1)
         },
         prefill={
-            rows: captured(partial(prefill.enqueue, rows), device) for rows in buckets(prefix_rows)
+            rows: Timed(partial(prefill.enqueue, rows), device) for rows in buckets(prefix_rows)
         },
         denoise={
-            steps: captured(partial(stages[steps].enqueue, table), device)
+            steps: Timed(partial(stages[steps].enqueue, table), device)
             for steps, table in tables.items()
         },
+        result=result,
         persistent=isinstance(next(iter(stages.values())), PersistentDenoise),
         cold_start_s=time.perf_counter() - began,
     )
@@ -134,9 +138,9 @@ def _fields(sizes: Pi05Config, config: EngineConfig) -> dict[str, Field]:
     }
 
 
-def _denoise_inputs(staging: Staging) -> DenoiseInputs:
+def _denoise_inputs(staging: Staging, result: Tensor) -> DenoiseInputs:
     names = ("actions", "decided", "prefix_count", "key_count", "target", "pull", "gains")
-    return DenoiseInputs(**{name: staging.device[name] for name in names})
+    return DenoiseInputs(**{name: staging.device[name] for name in names}, result=result)
 
 
 def _fill_for_capture(staging: Staging, prefix_rows: int) -> None:

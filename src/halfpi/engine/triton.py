@@ -11,9 +11,9 @@ from torch import Tensor
 
 from halfpi.config import EngineConfig
 from halfpi.engine.eager import Noise, drawn
+from halfpi.engine.graphs import Timed
 from halfpi.engine.images import runs
 from halfpi.engine.plan import make_plan
-from halfpi.engine.stopwatch import Stopwatch
 from halfpi.model import Guidance, Pi05, schedule_times
 from halfpi.processing.images import Pictures
 from halfpi.processing.pipeline import ModelInputs
@@ -45,10 +45,8 @@ class TritonEngine:
         self.engine_config = engine
         self.device = device
         self.plan = make_plan(model, engine, device, scales)
-        self._result = torch.zeros(
-            self.config.horizon, self.config.action_dim, pin_memory=device.type == "cuda"
-        )
-        self._watch = Stopwatch(self.device)
+        self._result = self.plan.result.numpy()
+        self._replayed: list[tuple[str, Timed]] = []
         self.forget()
 
     def forget(self) -> None:
@@ -87,12 +85,11 @@ class TritonEngine:
         if inputs is None and not self._prefix_ready:
             raise ValueError("there is no prefix to keep: no call came before this one")
         self._check_actions(noise, given)
-        self._watch.start()
+        self._replayed = []
         if inputs is not None:
             places = self._check_cameras(inputs, kept)
             self._prefix_ready = False
             self._encode(inputs.images, places, kept)
-            self._watch.lap("vision_ms")
 
     @torch.inference_mode()
     def _finish(
@@ -104,20 +101,29 @@ class TritonEngine:
         guidance: Guidance | None,
     ) -> tuple[Tensor, StageTimes]:
         """The prompt, the actions and the other stages."""
-        watch = self._watch
         if inputs is not None:
             self._set_prompt(inputs, len(self._blocks))
         self._set_actions(drawn(noise), num_steps, given, guidance)
         self.plan.staging.upload()
         if inputs is not None:
-            self._prefill_replay(int(self.plan.staging.host["prefix_count"]))()
+            count = int(self.plan.staging.host["prefix_count"])
+            self._replay("prefill_ms", self._prefill_graph(count))
             self._prefix_ready = True
-            watch.lap("prefill_ms")
-        self.plan.denoise[num_steps]()
-        watch.lap("denoise_ms")
-        self._result.copy_(self.plan.staging.device["actions"], non_blocking=True)
-        actions = watch.finished(self._result.numpy().copy)
-        return torch.from_numpy(actions), watch.times()
+        self._replay("denoise_ms", self.plan.denoise[num_steps])
+        times = self._times()
+        return torch.from_numpy(self._result.copy()), times
+
+    def _replay(self, stage: str, graph: Timed) -> None:
+        """Part of `stage`, a field of `StageTimes`."""
+        graph()
+        self._replayed.append((stage, graph))
+
+    def _times(self) -> StageTimes:
+        """Of the call, for which it waits. What it says of early stages costs no time."""
+        times = dict[str, float]()
+        for stage, graph in self._replayed:
+            times[stage] = times.get(stage, 0.0) + graph.elapsed_ms()
+        return StageTimes(**times)
 
     def stage_graphs(
         self, cameras: int, prompt_tokens: int, num_steps: int
@@ -126,19 +132,18 @@ class TritonEngine:
         rows = cameras * self.config.tokens_per_image + prompt_tokens
         return {
             "vision": self.plan.vision[torch.uint8, 0, cameras],
-            "prefill": self._prefill_replay(rows),
+            "prefill": self._prefill_graph(rows),
             "denoise": self.plan.denoise[num_steps],
         }
 
-    def _prefill_replay(self, count: int) -> Callable[[], None]:
-        return next(replay for rows, replay in self.plan.prefill.items() if rows >= count)
+    def _prefill_graph(self, count: int) -> Timed:
+        return next(graph for rows, graph in self.plan.prefill.items() if rows >= count)
 
     def _check_cameras(self, inputs: ModelInputs, kept: Collection[int]) -> list[int]:
         """The places of the cameras that are there."""
         self._check_images(inputs.images)
         engine = self.engine_config
-        # As a list: operations of NumPy or torch on so little take several times as long.
-        places = [place for place, there in enumerate(inputs.image_mask.tolist()[0]) if there]
+        places = inputs.places
         if len(places) > engine.max_cameras:
             raise ValueError(
                 f"the engine is planned for {engine.max_cameras} cameras, got {len(places)}"
@@ -228,7 +233,7 @@ class TritonEngine:
             return
         dtype = self.plan.images.load(images, places, fresh)
         for first, count in runs(fresh):
-            self.plan.vision[dtype, first, count]()
+            self._replay("vision_ms", self.plan.vision[dtype, first, count])
 
     def _move_blocks(self, places: list[int], kept: Collection[int]) -> None:
         """Move the tokens of cameras that stay to where the present set of cameras puts them."""

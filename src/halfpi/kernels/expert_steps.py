@@ -302,9 +302,11 @@ class ExpertSteps:
         target: Tensor,
         weights: Tensor,
         gains: Tensor,
+        result: Tensor,
     ) -> None:
-        """Denoise `actions` fp32 (h, a) in place, on torch's current stream.
+        """Denoise `actions` fp32 (h, a) into `result`, on torch's current stream.
 
+        result: fp32 (h, a), maybe `actions`, or pinned memory of the host, to save a copy.
         keys, values: bfloat16 (depth, capacity, 1, k), of which the first `prefix_count` rows are
         read, and nothing is written. prefix_count, decided: int32 (1,). Rows of `actions` below
         `decided` are given: they keep their value and use the last row of the modulations.
@@ -331,12 +333,13 @@ class ExpertSteps:
             ("target", target, chunk, torch.float32),
             ("weights", weights, (size.horizon,), torch.float32),
             ("gains", gains, (size.steps,), torch.float32),
+            ("result", result, chunk, torch.float32),
         ):  # fmt: skip
             check(name, tensor, shape, dtype)
         self._kernel(
-            (size.blocks,), self._stream, self._buffers, self._cache, self._counters, actions, keys,
-            values, self._capacity, prefix_count, decided, cos, sin, modulations, target, weights,
-            gains, *self._constants,
+            (size.blocks,), self._stream, self._buffers, self._cache, self._counters, actions,
+            result, keys, values, self._capacity, prefix_count, decided, cos, sin, modulations,
+            target, weights, gains, *self._constants,
         )  # fmt: skip
 
 

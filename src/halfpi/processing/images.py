@@ -65,19 +65,17 @@ def prepare_images(
     absent = _blank(size, rule, _BLACK)
     # NumPy, because a parallel copy by torch costs more in waking its threads than in copying.
     stacked = np.stack([by_camera.get(camera, absent).numpy() for camera in cameras])[None]
-    return torch.from_numpy(stacked), _mask(images, cameras)
+    return torch.from_numpy(stacked), camera_mask(images, cameras)
 
 
-def pictures(
-    images: Mapping[str, NDArray[Any]], cameras: Sequence[str], size: int
-) -> tuple[Pictures, Tensor]:
+def pictures(images: Mapping[str, NDArray[Any]], cameras: Sequence[str], size: int) -> Pictures:
     """The images of `cameras` to be resized by the rule "pil", checked, copied only if need be.
 
     Only those more than twice as tall as wide, which Pillow resizes rows first, are resized here.
-    images, image_mask and ValueError as in `prepare_images`.
+    images and ValueError as in `prepare_images`.
     """
     came = {camera: _picture(camera, images[camera], size) for camera in _present(images, cameras)}
-    return tuple(map(came.get, cameras)), _mask(images, cameras)
+    return tuple(map(came.get, cameras))
 
 
 def _picture(camera: str, image: NDArray[Any], size: int) -> NDArray[np.uint8]:
@@ -88,6 +86,11 @@ def _picture(camera: str, image: NDArray[Any], size: int) -> NDArray[np.uint8]:
     if (height, width) != (size, size):
         _fitted(camera, pixels, size)
     return pixels
+
+
+def camera_mask(images: Mapping[str, object], cameras: Sequence[str]) -> Tensor:
+    """Which of `cameras` have an image, bool (1, n)."""
+    return torch.from_numpy(np.array([[camera in images for camera in cameras]]))
 
 
 def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -136,10 +139,6 @@ def _present(images: Mapping[str, object], cameras: Sequence[str]) -> list[str]:
     if not images:
         raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
     return [camera for camera in cameras if camera in images]
-
-
-def _mask(images: Mapping[str, object], cameras: Sequence[str]) -> Tensor:
-    return torch.from_numpy(np.array([[camera in images for camera in cameras]]))
 
 
 def _fitted(camera: str, pixels: NDArray[Any], size: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfpi.config import NormMode, NormRule, ProcessingConfig, ResizeRule, RobotName
-from halfpi.processing.images import Pictures, pictures, prepare_images
+from halfpi.processing.images import Pictures, camera_mask, pictures, prepare_images
 from halfpi.processing.normalize import Floats, Normalizer
 from halfpi.processing.prompt import clean_prompt, encode_prompt
 from halfpi.processing.robots import ROBOTS, Robot
@@ -48,23 +48,38 @@ class ModelInputs:
             raise TypeError("the images must be prepared: this engine does not resize")
         return self.images
 
+    @property
+    def places(self) -> list[int]:
+        """Of the cameras that are there, in a batch of one."""
+        if not isinstance(self.images, Tensor):
+            return [place for place, picture in enumerate(self.images) if picture is not None]
+        # As a list: operations of NumPy or torch on so little take several times as long.
+        return [place for place, there in enumerate(self.image_mask.tolist()[0]) if there]
+
 
 class DeferredInputs(ModelInputs):
-    """`ModelInputs` whose prompt is read, and its errors raised, when it is first asked for.
+    """`ModelInputs` of which only the images are there before something else is asked for.
 
-    So the images can be under way to the device while the host tokenises.
+    So they can be under way to the device while the host tokenises. Errors of the prompt are raised
+    when it is read.
     """
 
+    _read_mask: Callable[[], Tensor]
     _read_prompt: Callable[[], tuple[Tensor, Tensor]]
 
     def __init__(
         self,
         images: Tensor | Pictures,
-        image_mask: Tensor,
+        read_mask: Callable[[], Tensor],
         read_prompt: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
-        """read_prompt: gives `tokens` and `token_mask`."""
-        vars(self).update(images=images, image_mask=image_mask, _read_prompt=read_prompt)
+        """read_mask, read_prompt: give `image_mask`, and `tokens` with `token_mask`."""
+        vars(self).update(images=images, _read_mask=read_mask, _read_prompt=read_prompt)
+
+    @property
+    def image_mask(self) -> Tensor:
+        """As in `ModelInputs`."""
+        return self._read_mask()
 
     @cached_property
     def _prompt(self) -> tuple[Tensor, Tensor]:
@@ -107,12 +122,15 @@ class Processor:
     def deferred_inputs(self, observation: Observation) -> DeferredInputs:
         """As `inputs`, for an engine that begins with the images and resizes by the rule "pil"."""
         config = self.config
+        came, cameras = observation.images, config.cameras
         images: Tensor | Pictures
         if config.resize == "pil":
-            images, mask = pictures(observation.images, config.cameras, config.image_size)
+            images = pictures(came, cameras, config.image_size)
         else:
-            images, mask = self._prepared(observation)
-        return DeferredInputs(images, mask, lambda: self._prompt(observation))
+            images, _ = self._prepared(observation)
+        return DeferredInputs(
+            images, lambda: camera_mask(came, cameras), lambda: self._prompt(observation)
+        )
 
     def _prepared(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Images of the model's size, and their mask."""

@@ -75,7 +75,8 @@ struct Arguments {
   char* buffers;
   char* cache;         // (layer, split, tile, keys and values, chunk, key, 16 bytes)
   u32* counters;
-  float* actions;
+  const float* actions;
+  float* result;
   const char *keys, *values;
   long long capacity;
   const int *prefix_count, *decided;

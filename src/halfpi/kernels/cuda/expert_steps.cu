@@ -46,16 +46,16 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
 }  // namespace
 
 extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREADS, 1) expert_steps(
-    const char* stream, char* buffers, char* cache, u32* counters, float* actions,
-    const char* keys, const char* values, long long capacity, const int* prefix_count,
-    const int* decided, const float* cos, const float* sin, const float* modulations,
+    const char* stream, char* buffers, char* cache, u32* counters, const float* actions,
+    float* result, const char* keys, const char* values, long long capacity,
+    const int* prefix_count, const int* decided, const float* cos, const float* sin, const float* modulations,
     const float* target, const float* weights, const float* gains, const float* weight_in,
     const float* bias_in, const float* weight_out, const float* bias_out,
     const float* input_scales, const float* weight_scales) {
   extern __shared__ __align__(1024) char memory[];
-  const Arguments a{stream, buffers, cache, counters, actions, keys, values, capacity,
-                    prefix_count, decided, cos, sin, modulations, target, weights, gains,
-                    weight_in, bias_in, weight_out, bias_out, input_scales, weight_scales};
+  const Arguments a{stream, buffers, cache, counters, actions, result, keys, values,
+                    capacity, prefix_count, decided, cos, sin, modulations, target, weights,
+                    gains, weight_in, bias_in, weight_out, bias_out, input_scales, weight_scales};
   Block b;
   b.shared = shared_address(memory);
   b.memory = memory;

@@ -269,8 +269,8 @@ __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
   Row row(b, a);
   if (row.index >= ROWS) return;
   float4 y[Row::WORDS];
-  float* given = a.actions + row.index * ACTION_DIM;
-  if (row.thread < ACTION_DIM) row.actions[row.thread] = given[row.thread];
+  const int at = row.index * ACTION_DIM + row.thread;
+  if (row.thread < ACTION_DIM) row.actions[row.thread] = a.actions[at];
   row.together();
   wait(b.shared + TABLES_FULL, 0);
   row.load_held(a);
@@ -292,7 +292,7 @@ __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
     if (step + 1 < STEPS) row.load(b, a, step + 1, 0);
     row.move(b, y, step, gain);
   }
-  if (row.thread < ACTION_DIM) given[row.thread] = row.actions[row.thread];
+  if (row.thread < ACTION_DIM) a.result[at] = row.actions[row.thread];
 }
 
 }  // namespace
