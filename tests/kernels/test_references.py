@@ -21,6 +21,7 @@ from halfpi.kernels.embed import embed_reference
 from halfpi.kernels.geglu import geglu_reference, interleaved
 from halfpi.kernels.layer_norm import layer_norm_reference
 from halfpi.kernels.linear import linear_reference
+from halfpi.kernels.linear_norm import linear_norm_reference
 from halfpi.kernels.patchify import patch_weight, patchify_reference
 from halfpi.kernels.qkv_rope import paired, qkv_rope_reference
 from halfpi.kernels.rms_norm import rms_norm_reference
@@ -131,6 +132,16 @@ def test_linear() -> None:
     (hidden,) = linear_reference(x, fc1.weight, bias=fc1.bias, gelu=True)
     (out,) = linear_reference(hidden, fc2.weight, bias=fc2.bias, residual=residual)
     close(out, residual + mlp(x))
+
+
+def test_linear_and_norm() -> None:
+    mlp, norm = randomised(siglip.Mlp(D, 24)), randomised(siglip.LayerNorm(D))
+    x, residual, alpha = torch.randn(M, 24), torch.randn(M, D), torch.tensor([0.5])
+    kept, out = linear_norm_reference(
+        x, 2 * mlp.fc2.weight, residual, norm.weight, norm.bias, alpha, mlp.fc2.bias
+    )
+    close(kept, residual + mlp.fc2(x))
+    close(out, norm(kept))
 
 
 def test_patchify() -> None:

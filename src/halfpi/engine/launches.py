@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfpi.kernels.linear_norm import supports
 from halfpi.kernels.spec import Device, Launch, row_launches
 from halfpi.kernels.tile import TileLaunch
 from halfpi.kernels.tuned import best
@@ -39,6 +40,10 @@ class Launches:
         if key not in self._looked_up:
             self._looked_up[key] = best(kernel, sizes, x.dtype, out_dtype, self._device)
         return self._looked_up[key]
+
+    def joins_norm(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether `linear_norm` does a product of `x`, its sum with `residual` and the norm."""
+        return supports(x, residual, self._device)
 
     def partials(self, x: Tensor, weight: Tensor, launch: TileLaunch) -> Tensor | None:
         """Memory (split_k, m, n) for the partial products of `launch`, if it makes any."""

@@ -17,6 +17,7 @@ from halfpi.kernels.euler import euler
 from halfpi.kernels.geglu import geglu
 from halfpi.kernels.layer_norm import layer_norm
 from halfpi.kernels.linear import linear
+from halfpi.kernels.linear_norm import linear_norm
 from halfpi.kernels.patchify import patchify
 from halfpi.kernels.qkv_rope import qkv_rope
 from halfpi.kernels.resize import Taps, resize
@@ -149,6 +150,26 @@ class Operations:
         out = self._launches.workspace(launch.split_k, x.shape[0], matrix.weight.shape[0])
         split_linear(x, matrix.weight, out, launch, **rest)
         return Pending(out, matrix)
+
+    def linear_norm(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        residual: Tensor,
+        norm: LayerNormWeights,
+        out: Tensor,
+        reader: Matrix,
+    ) -> None:
+        """`x` times `matrix`, added to `residual` (m, d), and the LayerNorm of that."""
+        later = reader.weight
+        if not self._launches.joins_norm(x, residual):
+            pending = self.split_linear(x, matrix, later=later)
+            self.layer_norm(residual, norm, out, reader, pending)
+            return
+        linear_norm(
+            x, matrix.weight, residual, norm.weight, norm.bias, out,
+            alpha=matrix.alpha, bias=matrix.bias, scale=reader.input_scale, later=later,
+        )  # fmt: skip
 
     def attention(
         self, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, reader: Matrix,

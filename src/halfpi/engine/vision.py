@@ -77,9 +77,8 @@ class VisionStage:
         ops.layer_norm(x, layer.attn_norm, normed, layer.qkv, pending)
         ops.linear(normed, layer.qkv, self._qkv[:rows], later=layer.out.weight)
         self._attention(rows, layer)
-        attended = ops.split_linear(mixed, layer.out, later=layer.fc1.weight)
         normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
-        ops.layer_norm(x, layer.mlp_norm, normed, layer.fc1, attended)
+        ops.linear_norm(mixed, layer.out, x, layer.mlp_norm, normed, layer.fc1)
         ops.linear(normed, layer.fc1, hidden, layer.fc2, later=layer.fc2.weight, gelu=True)
         return ops.split_linear(hidden, layer.fc2, later=later.weight)
 

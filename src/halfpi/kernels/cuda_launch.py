@@ -43,8 +43,8 @@ class CudaKernel:
         core.launch(stream, config, self.handle, *values)
 
 
-def tensor_map(rows: Tensor, box: tuple[int, int]) -> object:
-    """Describes `rows` (m, n) of 8 or 16 bits, of which a copy brings `box` rows and columns.
+def tensor_map(rows: Tensor, box: tuple[int, ...]) -> object:
+    """Describes `rows` (…, n) of 8 or 16 bits, of which a copy brings `box`, so many of each.
 
     Columns are a line of 32 or 128 bytes, whose chunks of 16 bytes change places (`Swizzled` in
     cuda/wgmma.cuh).
@@ -56,7 +56,7 @@ def tensor_map(rows: Tensor, box: tuple[int, int]) -> object:
     # NumPy, through which tensors are described, has neither bfloat16 nor E4M3; bits are copied.
     bits = rows.view(torch.uint8 if rows.itemsize == 1 else torch.float16)
     view = StridedMemoryView.from_any_interface(bits, stream_ptr=-1)
-    return view.as_tensor_map(box, swizzle=swizzles[box[1] * rows.itemsize])
+    return view.as_tensor_map(box, swizzle=swizzles[box[-1] * rows.itemsize])
 
 
 def load(

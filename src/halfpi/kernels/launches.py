@@ -41,7 +41,7 @@ _HOPPER_STAGES = (3, 4, 6)
 _WARPS = 8
 # Hopper's E4M3 sums of more than this many products err more than twice a bfloat16 output does; of
 # a part of K, whose output is smaller, those of more than the second.
-_FAST_SUM, _FAST_PART = 8192, 2048
+FAST_SUM, _FAST_PART = 8192, 2048
 # block_n, lines of memory a step along K, num_stages.
 _FEW_ROWS = ((64, 1, 4), (64, 1, 6), (64, 2, 3), (32, 1, 6), (32, 2, 4), (16, 2, 5), (128, 1, 4))
 
@@ -103,7 +103,7 @@ def hopper_launches(
     aligned = all(each % hopper_linear.ALIGNED_BYTES == 0 for each in row_bytes)
     if device.capability != 90 or not is_available() or not aligned or m <= FEW_ROWS:
         return ()
-    most, line = _FAST_SUM if len(splits) == 1 else _FAST_PART, hopper_linear.LINE_BYTES
+    most, line = FAST_SUM if len(splits) == 1 else _FAST_PART, hopper_linear.LINE_BYTES
     tiles = (
         tile
         for split_k in splits
@@ -155,7 +155,7 @@ def _many_rows(m: int, n: int, k: int, itemsize: int, device: Device) -> list[Ti
         TileLaunch(
             block_m=block_m, block_n=block_n, block_k=lines * _LINE_BYTES // itemsize,
             num_warps=warps, num_stages=stages, pdl=hopper,
-            promote=int(itemsize == 1 and k > _FAST_SUM),
+            promote=int(itemsize == 1 and k > FAST_SUM),
         )
         for block_m, block_n, lines, warps, stages in _MANY_ROWS
     ]  # fmt: skip

@@ -37,7 +37,7 @@ class _Kernel:
 
     def peers_for(self, clusters: int) -> int:
         """How many blocks each of so many clusters has."""
-        return self.peers[0] if clusters <= _CLUSTERS[self.peers[0]] else self.peers[-1]
+        return self.peers[0] if clusters <= CLUSTERS[self.peers[0]] else self.peers[-1]
 
 
 KERNELS = {
@@ -46,14 +46,14 @@ KERNELS = {
 }
 # Blocks of a cluster → how many clusters are taken to run at a time on 132 multiprocessors. None
 # spans two GPCs, so some multiprocessors are left over.
-_CLUSTERS = {8: 15, 3: 40}
+CLUSTERS = {8: 15, 3: 40}
 
 
 def kernel_for(case: Case) -> str | None:
     """The kernel that is meant for the sizes of a `case` of attention, if one can do them."""
     if (case["k"], case["kv"]) != (HEAD_DIM, 1):
         return None
-    few = case["t"] * case["q"] <= _CLUSTERS[8] * KERNELS["mqa_decode"].rows
+    few = case["t"] * case["q"] <= CLUSTERS[8] * KERNELS["mqa_decode"].rows
     return "mqa_decode" if few else "mqa_prefill"
 
 

@@ -133,6 +133,15 @@ __device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int co
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
+// The same of three dimensions.
+__device__ __forceinline__ void tensor_copy(u32 to, const TensorMap& map, int column, int row, int plane,
+                                            u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(barrier)
+      : "memory");
+}
 // To the same place in each of the BLOCKS blocks of the cluster, whose barriers count the bytes.
 template <int BLOCKS>
 __device__ __forceinline__ void tensor_copy_to_all(u32 to, const TensorMap& map, int column, int row,
@@ -155,6 +164,14 @@ __device__ __forceinline__ void bulk_prefetch(const char* from, u32 bytes, u64 p
   asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from),
                "r"(bytes), "l"(policy)
                : "memory");
+}
+
+// This block's share of what the next products read.
+__device__ __forceinline__ void prefetch_share(const char* all, int bytes) {
+  constexpr int PIECE = 4096;
+  for (int at = blockIdx.x * PIECE; at < bytes; at += gridDim.x * PIECE) {
+    bulk_prefetch(all + at, bytes - at < PIECE ? bytes - at : PIECE);
+  }
 }
 
 // ---- dependent launches
@@ -199,6 +216,14 @@ __device__ __forceinline__ void bulk_push(u32 to, u32 from, u32 bytes, u32 barri
   asm volatile(
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
       " [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Two numbers to another block's shared memory, whose barrier counts the bytes.
+__device__ __forceinline__ void push(u32 to, float2 v, u32 barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+      "f"(v.x), "f"(v.y), "r"(barrier)
       : "memory");
 }
 

@@ -81,14 +81,6 @@ struct Ring {
   }
 };
 
-// This block's share of what the next products read, to the L2.
-__device__ __forceinline__ void prefetch_share(const char* all, int bytes) {
-  constexpr int PIECE = 4096;
-  for (int at = blockIdx.x * PIECE; at < bytes; at += gridDim.x * PIECE) {
-    bulk_prefetch(all + at, bytes - at < PIECE ? bytes - at : PIECE);
-  }
-}
-
 // One thread fills the ring. Weights do not depend on the kernel before.
 __device__ __forceinline__ void fill(const Ring& ring, const TensorMap& x, const TensorMap& weight,
                                      const Tiles& tiles, const char* later, int later_bytes) {
