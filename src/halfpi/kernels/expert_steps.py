@@ -39,6 +39,7 @@ NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
 _LONGEST = 64  # horizon: the rows of a tile
 _FEW = 16  # rows
+_LONGEST_TILE, _KEYS = 128, 16  # keys of a tile, and those that a product takes at a time
 _THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 3 * 32  # words, before those of layers (cuda/exchange.cuh)
@@ -117,13 +118,22 @@ class ExpertSizes:
         """Bytes of all rows as operands, which come in groups of eight."""
         return -(-self.horizon // 8) * 8 * self.width * self.precision.itemsize
 
-    def cache_bytes(self, capacity: int) -> int:
-        """Bytes of `capacity` cached keys and values in the layout of the ring."""
-        tiles = -(-capacity // (PEERS * 128))
-        return self.depth * PEERS * tiles * 2 * 128 * self.head_dim * 2
+    def key_tile(self, prefix: int) -> int:
+        """Keys of a tile, for at most `prefix` keys, of which a block has an eighth.
 
-    def defines(self) -> dict[str, int]:
-        """Constants of the CUDA source."""
+        Few rows take no longer for as many tiles of any size, so theirs are as small as can be.
+        """
+        mine = -(-prefix // PEERS)
+        return min(_LONGEST_TILE, -(-mine // _KEYS) * _KEYS) if self.few else _LONGEST_TILE
+
+    def cache_bytes(self, prefix: int) -> int:
+        """Bytes of `prefix` cached keys and values in the layout of the ring."""
+        keys = self.key_tile(prefix)
+        tiles = -(-prefix // (PEERS * keys))
+        return self.depth * PEERS * tiles * 2 * keys * self.head_dim * 2
+
+    def defines(self, prefix: int) -> dict[str, int]:
+        """Constants of the CUDA source, for at most `prefix` keys in the cache."""
         return {
             "HORIZON": self.horizon,
             "ROWS_PER_BLOCK": self.rows_per_block,
@@ -133,6 +143,7 @@ class ExpertSizes:
             "FP8": int(self.precision == FP8),
             "FEW": int(self.few),
             "TURNS": self.turns,
+            "KEY_TILE": self.key_tile(prefix),
             "BUFFER_BYTES": self.buffer_bytes,
             "SHARED_BYTES": _SHARED_BYTES,
         }
@@ -262,17 +273,17 @@ class ExpertSteps:
     ) -> None:
         """Pack `layers`.
 
-        capacity: rows of the caches of keys and values that calls will bring. input_scales: fp32
-        (steps, depth, 4), of the inputs of qkv, out, gate_up, down, and weight_scales: fp32
-        (depth, 4), of the matrices; both with E4M3 only. A stored number times its scale is the
-        value.
+        capacity: rows of the caches of keys and values that calls will bring, of which the last h
+        are never of the prefix. input_scales: fp32 (steps, depth, 4), of the inputs of qkv, out,
+        gate_up, down, and weight_scales: fp32 (depth, 4), of the matrices; both with E4M3 only. A
+        stored number times its scale is the value.
 
         Raises ValueError naming what is wrong, ImportError naming the extra `hopper`.
         """
         sizes.check()
         _check_weights(sizes, layers, action, input_scales, weight_scales)
         self.sizes = sizes
-        self._capacity = capacity
+        self._capacity, prefix = capacity, max(capacity - sizes.horizon, 1)
         self._stream = pack(layers, sizes.turns, device)
         self._constants = [
             action.weight_in.T.contiguous().to(device),
@@ -285,9 +296,11 @@ class ExpertSteps:
         # Slots of keys that no action fills are multiplied by zero, so they must be finite.
         self._buffers = torch.zeros(sizes.buffer_bytes, dtype=torch.uint8, device=device)
         self._buffers[: 2 * sizes.row_bytes] = 0xFF  # nothing is there (cuda/exchange.cuh)
-        self._cache = torch.empty(sizes.cache_bytes(capacity), dtype=torch.uint8, device=device)
+        self._cache = torch.empty(sizes.cache_bytes(prefix), dtype=torch.uint8, device=device)
         self._counters = torch.zeros(_COUNTERS + sizes.depth, dtype=torch.int32, device=device)
-        self._kernel = load("expert_steps", sizes.defines(), device, _THREADS, cooperative=True)
+        self._kernel = load(
+            "expert_steps", sizes.defines(prefix), device, _THREADS, cooperative=True
+        )
 
     def __call__(
         self,

@@ -58,9 +58,11 @@ struct AttentionOfFew {
   // takes.
   __device__ __forceinline__ void tile(Block& b, int tile, bool last) {
     const Split split(b.rank, b.prefix);
-    const int valid = split.keys - tile * TILE, key = TILE / GROUPS * b.group + 16 * b.warp + b.lane / 4;
+    const int valid = split.keys - tile * KEY_TILE, key = 64 * b.group + 16 * b.warp + b.lane / 4;
     float logits[SUMS], tops[PAIRS], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    wide_product<Bf16, true>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
+    // Rows behind the tile, if it is a short one, are not valid either.
+    multiply<Bf16, true, KEY_TILE, KEY_CHUNKS, 1, GROUPS>(logits, b, KEY_UNITS, QUERIES, 64 * b.group, 0,
+                                                          FromPeers(b, QUERIES_FULL, KEY_UNITS));
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
       float &first = logits[i / 2 * 4 + i % 2], &second = logits[i / 2 * 4 + i % 2 + 2];
@@ -139,8 +141,9 @@ struct AttentionOfFew {
         weights[j] = exp2_fast(fmaf(logits[i + j], LOGIT_SCALE, -(j % 2 ? base.y : base.x)));
       }
       sums[i / 2] = weights[0] + weights[2], sums[i / 2 + 1] = weights[1] + weights[3];
-      store_shared(to + i / 4 * WEIGHED * 16, pack_bf16(weights[0], weights[1]));
-      store_shared(to + i / 4 * WEIGHED * 16 + 128, pack_bf16(weights[2], weights[3]));
+      const u32 at = to + i / 4 * WEIGHED * 16;
+      if (key < KEY_TILE) store_shared(at, pack_bf16(weights[0], weights[1]));
+      if (key + 8 < KEY_TILE) store_shared(at + 128, pack_bf16(weights[2], weights[3]));
     }
     over_keys(sums, b.lane, [](float x, float y) { return x + y; },
               [&](int i, float sum) { of_warp(b, TOTALS, own(b))[row_of(b, i)] = sum; });
@@ -148,7 +151,7 @@ struct AttentionOfFew {
 
   __device__ __forceinline__ void weigh_recent(const float (&logits)[4], const Block& b) const {
     if (b.warp) return;
-    const u32 to = b.shared + WEIGHTS + (TILE + b.lane % 4 * 2) * 16;
+    const u32 to = b.shared + WEIGHTS + (KEY_TILE + b.lane % 4 * 2) * 16;
 #pragma unroll
     for (int i = 0; i < LINE_ROWS / 8; ++i) {
       const int row = b.row + 8 * i;

@@ -16,7 +16,7 @@ __device__ __forceinline__ float taken(const Block& b, int statistic, int group,
 enum Statistic { HIGHEST, TOTAL, STATISTIC_COUNT };
 
 struct AttentionOfMany {
-  static constexpr int KEYS = TILE / GROUPS;        // of a group
+  static constexpr int KEYS = KEY_TILE / GROUPS;    // of a group
   float average[PARTS][32] = {};  // of this thread's rows: dimensions 64 · (PARTS · group + part) …
   float highest[2] = {-infinity(), -infinity()}, total[2] = {};
 
@@ -27,7 +27,7 @@ struct AttentionOfMany {
     float logits[KEYS / 2], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {highest[0], highest[1]};
     wide_product<Bf16, false>(logits, b, KEY_UNITS, QUERIES,
                               FromPeers(b, QUERIES_FULL, KEY_UNITS));
-    find_top<KEYS>(logits, b.lane, split.keys - tile * TILE - KEYS * b.group, top);
+    find_top<KEYS>(logits, b.lane, split.keys - tile * KEY_TILE - KEYS * b.group, top);
     b.wait_for(RECENT_FULL);
     const bool has_recent = last && b.group == GROUPS - 1;
     if (has_recent) {
@@ -47,10 +47,10 @@ struct AttentionOfMany {
     }
     const u32 to = b.shared + WEIGHTS + b.row * 16 + b.lane % 4 * 4;
     store_weights<KEYS>(logits, LOGIT_SCALE, base, to + KEYS / 8 * b.group * 1024, sum);
-    if (has_recent) store_weights<RECENT_SLOTS>(recent, LOGIT_SCALE, base, to + TILE / 8 * 1024, sum);
+    if (has_recent) store_weights<RECENT_SLOTS>(recent, LOGIT_SCALE, base, to + KEY_TILE / 8 * 1024, sum);
     // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
     if (b.thread < (last ? 64 : 128)) {
-      const int chunk = TILE / 8 + 1 - b.thread / 64;
+      const int chunk = KEY_TILE / 8 + 1 - b.thread / 64;
       store_shared(b.shared + WEIGHTS + chunk * 1024 + b.thread % 64 * 16, make_uint4(0, 0, 0, 0));
     }
     sum[0] = over_quad(sum[0], false), sum[1] = over_quad(sum[1], false);

@@ -36,7 +36,7 @@ __device__ __forceinline__ u64 recent_values(const Block& b, int part) {
 template <int SUMS, typename Multiply, typename Meanwhile, typename Send>
 __device__ __forceinline__ void add_values(Block& b, float (&average)[PARTS][SUMS], bool last,
                                            Multiply multiply, Meanwhile meanwhile, Send send) {
-  const Matrix values(b.shared + RING, 128, TILE * 16);
+  const Matrix values(b.shared + RING, 128, KEY_TILE * 16);
   Cursor unit = b.ring;
   unit.advance(PARTS * b.group);
 #pragma unroll
@@ -46,10 +46,10 @@ __device__ __forceinline__ void add_values(Block& b, float (&average)[PARTS][SUM
     settle(average[part]);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < TILE / 8; k += 2) {
+    for (int k = 0; k < KEY_TILE / 8; k += 2) {
       multiply(average[part], k, values.at(unit.slot * UNIT + k * 128));
     }
-    multiply(average[part], TILE / 8, recent_values(b, part));
+    multiply(average[part], KEY_TILE / 8, recent_values(b, part));
     wgmma_commit();
     if (part == 0) meanwhile();
     wgmma_wait<0>();

@@ -21,7 +21,10 @@ constexpr int WIDE_TILE = TILE / TURNS, WIDE_CHUNKS = UNIT / (WIDE_TILE * 16);
 constexpr int QKV_TILE = HEAD / PEERS + 2 * HEAD / BLOCKS, QKV_CHUNKS = 2 * TILE_CHUNKS;
 constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK / QKV_CHUNKS;
 constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK / WIDE_CHUNKS;
-constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS, KEY_UNITS = HEAD / 8 / TILE_CHUNKS;
+constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS;
+// A tile of keys or values has KEY_TILE keys, whose units are as many whatever that is.
+constexpr int KEY_CHUNKS = TILE_CHUNKS, KEY_UNITS = HEAD / 8 / KEY_CHUNKS, KEY_UNIT = KEY_CHUNKS * KEY_TILE * 16;
+static_assert(KEY_TILE % 16 == 0 && KEY_TILE <= TILE, "products take sixteen keys, and units have room");
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS) * UNIT;
 constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
@@ -44,7 +47,7 @@ constexpr int ROW_PARTS = FEW ? 32 : 64, ROW_PART_BYTES = ROW_PARTS * 8;  // of 
 // this block has told that it is done with what they replace. Averages, which are divided when they are
 // merged, are staged for peers where queries were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
-constexpr int WEIGHED = TILE + 16;  // keys of a tile, those of actions, and zeros
+constexpr int WEIGHED = KEY_TILE + 16;  // keys of a tile, those of actions, and zeros
 constexpr int STATISTICS = WEIGHTS + WEIGHED * (FEW ? LINE_ROWS : 64) * 2;
 constexpr int QUERIES = STATISTICS + STATISTICS_BYTES;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
@@ -116,7 +119,7 @@ struct Split {
 };
 __device__ __forceinline__ int key_tiles(int prefix) {  // of the longest split
   int longest = (prefix + PEERS - 1) / PEERS;
-  return longest > TILE ? (longest + TILE - 1) / TILE : 1;
+  return longest > KEY_TILE ? (longest + KEY_TILE - 1) / KEY_TILE : 1;
 }
 
 // A unit of values has half of what each of four peers merges, so that all peers get something

@@ -67,10 +67,10 @@ __device__ __forceinline__ void stream_units(const Arguments& a, const Block& b)
     for (int layer = 0; layer < DEPTH; ++layer, weights += LAYER_BYTES) {
       stream(weights, QKV_UNITS, QKV_UNIT);
       if (step == 0 && layer) await(place(b.counters, LAID_OUT) + layer, LAYING * (gridDim.x - BLOCKS));
-      const char* unit = a.cache + (layer * PEERS + b.rank) * long(cached) * UNIT;
+      const char* unit = a.cache + (layer * PEERS + b.rank) * long(cached) * KEY_UNIT;
 #pragma unroll 1
-      for (int i = 0; i < cached; ++i, unit += UNIT) {
-        ring.fill(UNIT, [&](u32 to, u32 full) { bulk_copy(to, unit, UNIT, full); });
+      for (int i = 0; i < cached; ++i, unit += KEY_UNIT) {
+        ring.fill(KEY_UNIT, [&](u32 to, u32 full) { bulk_copy(to, unit, KEY_UNIT, full); });
       }
       stream(weights + QKV_BYTES, OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS, UNIT);
     }
@@ -256,24 +256,24 @@ __device__ __forceinline__ void share_pieces(const Block& b) {
 // A warp's share of laying out keys and values of the prefix as units of the ring, behind a split's keys
 // zeros, for one layer. It moves pieces of four chunks of eight keys, several at a time.
 __device__ __forceinline__ void lay_out(const Arguments& a, const Block& b, int layer, int warp, int warps) {
-  constexpr int AT_A_TIME = 8;
-  const int tiles = key_tiles(b.prefix);
-  const int pieces = PEERS * tiles * 2 * (HEAD / 8 / 4) * (TILE / 8);
-  const auto key = [&](int piece) { return piece % 16 * 8 + b.lane % 8; };
-  const auto chunk = [&](int piece) { return piece / 16 % 8 * 4 + b.lane / 8; };
+  constexpr int AT_A_TIME = 8, FOURS = HEAD / 8 / 4, EIGHTS = KEY_TILE / 8;
+  constexpr int TILE_PIECES = FOURS * EIGHTS, TILE_BYTES = KEY_TILE * HEAD * 2;
+  const int tiles = key_tiles(b.prefix), pieces = PEERS * tiles * 2 * TILE_PIECES;
+  const auto key = [&](int piece) { return piece % EIGHTS * 8 + b.lane % 8; };
+  const auto chunk = [&](int piece) { return piece / EIGHTS % FOURS * 4 + b.lane / 8; };
   const auto load = [&](int piece) {
-    const int tile = piece / 128, rank = tile / 2 / tiles;
+    const int tile = piece / TILE_PIECES, rank = tile / 2 / tiles;
     const Split split(rank, b.prefix);
-    const int place = tile / 2 % tiles * TILE + key(piece);
+    const int place = tile / 2 % tiles * KEY_TILE + key(piece);
     if (piece >= pieces || place >= split.keys) return make_uint4(0, 0, 0, 0);
     // Of keys, the dimensions of which the block has queries come first (product.cuh).
-    const int first = own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
+    const int first = own_unit(rank, KEY_UNITS) * KEY_CHUNKS;
     const int which = tile % 2 ? value_chunk(chunk(piece)) : (chunk(piece) + first) % (HEAD / 8);
     const char* from = tile % 2 ? a.values : a.keys;
     const long row = layer * a.capacity + split.first + place;
     return *reinterpret_cast<const uint4*>(from + row * (HEAD * 2) + which * 16);
   };
-  char* const laid_out = a.cache + long(layer) * PEERS * tiles * 2 * (TILE * HEAD * 2);
+  char* const laid_out = a.cache + long(layer) * PEERS * tiles * 2 * TILE_BYTES;
 #pragma unroll 1
   for (int i = warp; i < pieces; i += AT_A_TIME * warps) {
     uint4 v[AT_A_TIME];
@@ -283,8 +283,8 @@ __device__ __forceinline__ void lay_out(const Arguments& a, const Block& b, int 
     for (int j = 0; j < AT_A_TIME; ++j) {
       const int piece = i + j * warps;
       if (piece >= pieces) break;
-      char* to = laid_out + piece / 128 * (TILE * HEAD * 2);
-      *reinterpret_cast<uint4*>(to + (chunk(piece) * TILE + key(piece)) * 16) = v[j];
+      char* to = laid_out + piece / TILE_PIECES * TILE_BYTES;
+      *reinterpret_cast<uint4*>(to + (chunk(piece) * KEY_TILE + key(piece)) * 16) = v[j];
     }
   }
 }
