@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -33,6 +34,7 @@ from halfpi.kernels.qkv_rope import paired
 PRECISIONS = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(FP8, id="fp8")]
 SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}
 SMALL = ExpertSizes(horizon=10, steps=2, depth=2)
+SIZES = {10: SMALL, 50: dataclasses.replace(SMALL, horizon=50)}
 
 
 def random_layer(device: torch.device) -> ExpertLayer:
@@ -96,6 +98,19 @@ def test_pack_puts_every_weight_where_a_block_reads_it(precision: torch.dtype, t
                 element(block, wide.chunk(turns, 1)[turn], 128 // turns, row_of_turn, 900)
                 == layer.gate_up[128 * block + row, 900]
             )
+
+
+@pytest.mark.parametrize("horizon", [10, 50])
+def test_the_cache_has_room_for_any_prefix_that_fits(horizon: int) -> None:
+    """As key_tiles in cuda/block.cuh counts tiles."""
+    for most in (1, 100, 512, 560, 968, 1024, 1100, 3000):
+        keys = SIZES[horizon].key_tile(most)
+        assert keys % 16 == 0
+        assert 16 <= keys <= 128
+        for prefix in (0, 1, most // 2, most):
+            tiles = max(1, math.ceil(math.ceil(prefix / 8) / keys))
+            room = SIZES[horizon].cache_bytes(most)
+            assert 2 * 8 * tiles * 2 * keys * 256 * 2 <= room  # two layers, keys and values
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

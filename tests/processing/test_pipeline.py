@@ -53,6 +53,7 @@ def test_deferred_inputs_are_the_inputs(table_tokenizer: Tokenizer, resize: Resi
     processor = Processor(dataclasses.replace(LIBERO, resize=resize), 32, table_tokenizer)
     deferred, inputs = processor.deferred_inputs(observation()), processor.inputs(observation())
     assert torch.equal(deferred.image_mask, inputs.image_mask)
+    assert deferred.places == inputs.places == inputs.image_mask[0].nonzero()[:, 0].tolist()
     assert torch.equal(deferred.tokens, inputs.tokens)
     assert torch.equal(deferred.token_mask, inputs.token_mask)
     if resize == "pil":  # as they came: the engine resizes

@@ -18,10 +18,10 @@ from halfpi.model import Pi05, schedule_times
 class DenoiseInputs:
     """What a call brings, in device memory, and where it leaves the actions.
 
-    actions: fp32 (h, a), noise. decided: int32 (1,), how many of them are given. prefix_count,
-    key_count: int32 (1,), valid prefix tokens, and those with the h actions. target: fp32 (h, a),
-    pull: fp32 (h,), gains: fp32 (most steps,), of guidance. result: fp32 (h, a), in memory of the
-    host that the device can write.
+    actions: fp32 (h, a), noise, which need not outlive the stage. decided: int32 (1,), how many of
+    them are given. prefix_count, key_count: int32 (1,), valid prefix tokens, and those with the h
+    actions. target: fp32 (h, a), pull: fp32 (h,), gains: fp32 (most steps,), of guidance. result:
+    fp32 (h, a), in memory of the host that the device can write.
     """
 
     actions: Tensor

@@ -121,7 +121,7 @@ class ExpertSizes:
     def key_tile(self, prefix: int) -> int:
         """Keys of a tile, for at most `prefix` keys, of which a block has an eighth.
 
-        Few rows take no longer for as many tiles of any size, so theirs are as small as can be.
+        With few rows no more than a block can have, if one tile holds them: zeros cost time, too.
         """
         mine = -(-prefix // PEERS)
         return min(_LONGEST_TILE, -(-mine // _KEYS) * _KEYS) if self.few else _LONGEST_TILE
