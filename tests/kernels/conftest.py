@@ -1,15 +1,23 @@
-"""What every launch of a kernel is held to on a GPU."""
+"""Devices, what their tests need, and what every launch of a kernel is held to on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from halfpi.kernels import specs
-from halfpi.kernels.spec import Case, Launch, Output, error_ratio
+from halfpi.kernels.cuda_source import is_available
+from halfpi.kernels.spec import Case, Device, Launch, Output, error_ratio
 
 CUDA = torch.device("cuda")
+HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
+needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper GPU",
+)
 
 
 def checked_twice(kernel: str, case: Case, launch: Launch) -> Sequence[Output]:

@@ -11,14 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.kernels.conftest import CUDA, checked_twice
+from tests.kernels.conftest import ADA, CUDA, HOPPER, checked_twice, needs_compiler
 
 from halfpi.kernels import attention_launches, mqa, siglip_attention, tuned
 from halfpi.kernels.attention import attention
-from halfpi.kernels.cuda_source import is_available, ptx, report
+from halfpi.kernels.cuda_source import ptx, report
 from halfpi.kernels.spec import FP8, Case, Device
 
-HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
 SIGLIP = {"b": 3, "t": 256, "q": 16, "k": 72, "s": 256, "kv": 16}
 FEW = {"b": 1, "t": 50, "q": 8, "k": 256, "s": 1018, "kv": 1}
 MANY = {"b": 1, "t": 968, "q": 8, "k": 256, "s": 968, "kv": 1}
@@ -31,7 +30,6 @@ MACROS: list[tuple[str, dict[str, int]]] = [
         for peers in kernel.peers
     ),
 ]
-needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
 
 
 @needs_compiler

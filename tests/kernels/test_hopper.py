@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.kernels.conftest import checked_twice
+from tests.kernels.conftest import ADA, HOPPER, checked_twice, needs_compiler, needs_hopper
 
 from halfpi.kernels import hopper_norm, tuned
 from halfpi.kernels.cuda_source import is_available, ptx, report
@@ -24,12 +24,6 @@ from halfpi.kernels.spec import FP8, Case, Device, Launch
 from halfpi.kernels.tile import TileLaunch
 
 BF16 = torch.bfloat16
-HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
-needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="no Hopper GPU",
-)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -199,7 +193,7 @@ RAGGED: list[tuple[str, dict[str, int], tuple[int, int], dict[str, int]]] = [
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize(("kernel", "sizes", "tile", "knobs"), RAGGED)
 def test_error_rule_and_equal_bits(
@@ -215,7 +209,7 @@ def test_error_rule_and_equal_bits(
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("out_dtype", [BF16, FP8])
 @pytest.mark.parametrize("splits", [0, 1, 4])
 @pytest.mark.parametrize(("m", "d"), [(1, 8), (7, 264), (1000, 72), (2000, 2048)])
@@ -231,7 +225,7 @@ def test_norms_of_any_size(
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("kernel", ["layer_norm", "rms_norm"])
 def test_a_count_of_more_rows_than_there_are(kernel: str) -> None:
     case = Case(kernel, {"m": 50, "d": 72, "valid": 400, "splits": 2})

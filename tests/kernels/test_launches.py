@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-
-from halfpi.kernels.spec import Device
+from tests.kernels.conftest import ADA, HOPPER
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from halfpi.kernels.launches import linear_launches, split_linear_launches
-
-HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
 
 
 @pytest.mark.parametrize(

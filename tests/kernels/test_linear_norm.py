@@ -11,21 +11,15 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.kernels.conftest import CUDA
+from tests.kernels.conftest import ADA, CUDA, HOPPER, needs_compiler, needs_hopper
 
 from halfpi.kernels import linear_norm as file
-from halfpi.kernels.cuda_source import is_available, ptx, report
+from halfpi.kernels.cuda_source import ptx, report
 from halfpi.kernels.linear_norm import defines, linear_norm, linear_norm_reference, supports
 from halfpi.kernels.spec import FP8, Case, Device, Output, Problem, error_ratio, random_operands
 from halfpi.kernels.spec import poisoned_output as poisoned
 
 BF16 = torch.bfloat16
-HOPPER, ADA = Device(90, 232_448), Device(89, 101_376)
-needs_compiler = pytest.mark.skipif(not is_available(), reason="the extra `hopper` is missing")
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="no Hopper GPU",
-)
 DTYPES = [(BF16, BF16), (FP8, FP8), (FP8, BF16), (BF16, FP8)]
 
 
@@ -168,7 +162,7 @@ SIZES += [(100, 1152, 16), (100, 1152, 176), (200, 1152, 4352), (200, 128, 272),
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
@@ -184,7 +178,7 @@ def test_error_rule_and_equal_bits(
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("dtype", [BF16, FP8])
 def test_the_residual_is_exact(dtype: torch.dtype) -> None:
     """Of small whole numbers, whose sums are exact in any order: none is missing or misplaced."""
@@ -204,7 +198,7 @@ def test_the_residual_is_exact(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize("m", [512, 768])
 def test_one_after_another(m: int, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.kernels.conftest import HOPPER
 
 from halfpi.kernels import specs, tuned
 from halfpi.kernels.spec import FP8, Case, Device
@@ -15,7 +16,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from halfpi.kernels.tile import TileLaunch
 
-HOPPER = Device(90, 232_448)
 TABLES = sorted((Path(tuned.__file__).parent / "tuned").glob("sm_*.json"))
 ENTRIES = [
     pytest.param(Device(int(path.stem[3:]), 232_448), entry, id=f"{path.stem}-{number}")

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from halfpi.config import ResizeRule
-from halfpi.processing.images import pictures, prepare_images, resize_with_pad, to_model
+from halfpi.processing.images import (
+    camera_mask,
+    pictures,
+    prepare_images,
+    resize_with_pad,
+    to_model,
+)
 
 SIZES = [(480, 640), (100, 37), (20, 31), (224, 300), (56, 112)]
 RULES: list[ResizeRule] = ["pil", "interpolate", "interpolate-0.4"]
@@ -140,6 +146,7 @@ def test_pictures_are_the_images_that_came_but_uint8() -> None:
     assert wrist is image
     assert top is not None
     np.testing.assert_array_equal(top, np.floor(255 * floats.transpose(1, 2, 0)))
+    assert camera_mask(given, ("base", "wrist", "top")).tolist() == [[False, True, True]]
     tall = picture(91, 45)
     resized, _, _ = pictures({"base": tall}, ("base", "wrist", "top"), 56)
     np.testing.assert_array_equal(resized, resize_with_pad("base", tall, 56, "pil").numpy())

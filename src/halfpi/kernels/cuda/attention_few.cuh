@@ -61,8 +61,7 @@ struct AttentionOfFew {
     const int valid = split.keys - tile * KEY_TILE, key = 64 * b.group + 16 * b.warp + b.lane / 4;
     float logits[SUMS], tops[PAIRS], recent[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     // A tile that is shorter than what groups multiply has all keys of its block: rows behind are not valid.
-    multiply<Bf16, true, KEY_TILE, KEY_CHUNKS, 1, GROUPS>(logits, b, KEY_UNITS, QUERIES, 64 * b.group, 0,
-                                                          FromPeers(b, QUERIES_FULL, KEY_UNITS));
+    wide_product<Bf16, true, KEY_TILE>(logits, b, KEY_UNITS, QUERIES, FromPeers(b, QUERIES_FULL, KEY_UNITS));
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
       float &first = logits[i / 2 * 4 + i % 2], &second = logits[i / 2 * 4 + i % 2 + 2];

@@ -23,8 +23,9 @@ constexpr int QKV_UNIT = QKV_CHUNKS * QKV_TILE * 16, QKV_UNITS = WIDTH / CHUNK /
 constexpr int OUT_UNITS = HEAD / CHUNK / TILE_CHUNKS, WIDE_UNITS = WIDTH / CHUNK / WIDE_CHUNKS;
 constexpr int DOWN_UNITS = MLP / HEADS / CHUNK / TILE_CHUNKS;
 // A tile of keys or values has KEY_TILE keys, whose units are as many whatever that is.
-constexpr int KEY_CHUNKS = TILE_CHUNKS, KEY_UNITS = HEAD / 8 / KEY_CHUNKS, KEY_UNIT = KEY_CHUNKS * KEY_TILE * 16;
+constexpr int KEY_UNITS = HEAD / 8 / TILE_CHUNKS, KEY_UNIT = TILE_CHUNKS * KEY_TILE * 16;
 static_assert(KEY_TILE % 16 == 0 && KEY_TILE <= TILE, "products take sixteen keys, and units have room");
+static_assert(FEW || KEY_TILE == TILE, "groups of many rows take 64 keys each");
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS) * UNIT;
 constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X

@@ -267,7 +267,7 @@ __device__ __forceinline__ void lay_out(const Arguments& a, const Block& b, int 
     const int place = tile / 2 % tiles * KEY_TILE + key(piece);
     if (piece >= pieces || place >= split.keys) return make_uint4(0, 0, 0, 0);
     // Of keys, the dimensions of which the block has queries come first (product.cuh).
-    const int first = own_unit(rank, KEY_UNITS) * KEY_CHUNKS;
+    const int first = own_unit(rank, KEY_UNITS) * TILE_CHUNKS;
     const int which = tile % 2 ? value_chunk(chunk(piece)) : (chunk(piece) + first) % (HEAD / 8);
     const char* from = tile % 2 ? a.values : a.keys;
     const long row = layer * a.capacity + split.first + place;

@@ -1,7 +1,7 @@
 // A linear layer, x (m, k) · weight (n, k)ᵀ, and what follows it. The blocks of a cluster have rows
 // below each other and the same columns, of whose weights each brings its part for all.
 #include "epilogue.cuh"
-#include "wgmma.cuh"
+#include "ring.cuh"
 
 namespace {
 
@@ -16,9 +16,7 @@ constexpr int ROWS = 64 * GROUPS;
 constexpr int HELD_FROM = GROUPS > 2 ? WIDTH / 48 * 8 : 0, HELD_SUMS = WIDTH / 2 - HELD_FROM;
 constexpr int PART_SUMS = HELD_SUMS % 16 ? 8 : 16, PARTS = HELD ? HELD_SUMS / PART_SUMS : 1;
 static_assert(!HELD || EPILOGUE == GATED, "what else follows a product wants sums that are not rounded");
-using Format = conditional<FP8, E4m3, Bf16>::type;
-constexpr int LINE = 128, STEP = FP8 ? LINE : LINE / 2;  // bytes and numbers along K
-constexpr int X_BYTES = ROWS * LINE, W_BYTES = WIDTH * LINE, STAGE = X_BYTES + W_BYTES;
+constexpr int X_BYTES = ROWS * LINE, STAGE = X_BYTES + W_BYTES;
 constexpr int PART = WIDTH / PEERS, PART_BYTES = W_BYTES / PEERS;  // columns that a block brings
 constexpr int RING = STAGES * STAGE;
 // A block with one tile stages it where the ring was.
@@ -55,14 +53,7 @@ struct Tiles {
   }
 };
 
-struct Ring {
-  u32 shared;
-
-  __device__ __forceinline__ u32 x(int slot) const { return shared + slot * STAGE; }
-  __device__ __forceinline__ u32 weights(int slot) const { return x(slot) + X_BYTES; }
-  __device__ __forceinline__ u32 full(int slot) const { return shared + BARRIERS + 8 * slot; }
-  __device__ __forceinline__ u32 empty(int slot) const { return full(STAGES + slot); }
-
+struct Ring : OperandRing<X_BYTES, BARRIERS> {
   __device__ __forceinline__ void init() const {
     for (int slot = 0; slot < STAGES; ++slot) {
       mbarrier_init(full(slot), 1);
@@ -127,15 +118,7 @@ __device__ __forceinline__ void multiply(float (&sums)[WIDTH / 2], const Ring& r
     const int end = (part + 1) * steps / PARTS;
 #pragma unroll 1
     for (; step < end; ++step) {
-      const Swizzled rows(ring.x(at.slot) + group * 64 * LINE), weights(ring.weights(at.slot));
-      wait(ring.full(at.slot), at.parity);
-      settle(sums);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < LINE; k += 32) {
-        Format::mma(sums, rows.at(k), weights.at(k));
-      }
-      wgmma_commit();
+      ring.begin_products(sums, at, group);
       wgmma_wait<1>();
       if (before >= 0) ring.release(before);
       before = at.slot;

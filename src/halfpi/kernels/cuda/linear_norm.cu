@@ -1,8 +1,8 @@
 // A linear layer, x (m, k) · weight (n, k)ᵀ, the residual that it is added to, and the LayerNorm of that. A
 // cluster has 64 whole rows. Each of its blocks has a share of the columns, brings a share of x for all, and
 // tells the others mean and squares of its columns, which stay in its registers until they are normed.
+#include "ring.cuh"
 #include "softmax.cuh"
-#include "wgmma.cuh"
 
 namespace {
 
@@ -10,9 +10,7 @@ using namespace hopper;
 
 constexpr int PEERS = 8, ROWS = 64, WARPS = ROWS / 16, THREADS = 32 * WARPS + 32;  // the last warp copies
 constexpr int N = PEERS * WIDTH;
-using Format = conditional<FP8, E4m3, Bf16>::type;
-constexpr int LINE = 128, STEP = FP8 ? LINE : LINE / 2;  // bytes and numbers along K
-constexpr int X_BYTES = ROWS * LINE, W_BYTES = WIDTH * LINE, STAGE = X_BYTES + W_BYTES;
+constexpr int X_BYTES = ROWS * LINE, STAGE = X_BYTES + W_BYTES;
 constexpr int PART = ROWS / PEERS;  // rows of x that a block brings
 // A thread has two of each eight columns of a product. So that these are four side by side of each sixteen
 // of the output, weights of the first two columns of each four lie before those of the last two.
@@ -27,13 +25,7 @@ static_assert(BARRIERS + 16 * STAGES + 8 * WARPS <= SHARED_BYTES, "the launcher 
 static_assert(ROWS * PITCH <= TAKEN, "outputs have room");
 static_assert(WIDTH % 16 == 0 && PART == 8, "lines are swizzled in groups of eight");
 
-struct Ring {
-  u32 shared;
-
-  __device__ __forceinline__ u32 x(int slot) const { return shared + slot * STAGE; }
-  __device__ __forceinline__ u32 weights(int slot) const { return x(slot) + X_BYTES; }
-  __device__ __forceinline__ u32 full(int slot) const { return shared + BARRIERS + 8 * slot; }
-  __device__ __forceinline__ u32 empty(int slot) const { return full(STAGES + slot); }
+struct Ring : OperandRing<X_BYTES, BARRIERS> {
   __device__ __forceinline__ u32 taken(int warp) const { return empty(STAGES) + 8 * warp; }
 
   __device__ __forceinline__ void init() const {
@@ -128,11 +120,10 @@ struct Filler {
 struct Tile {
   float v[WIDTH / 2];
 
-  // Where the product leaves column `i` of four.
-  __device__ static constexpr int place(int four, int second, int i) {
-    return 4 * (i / 2 * FOURS + four) + 2 * second + i % 2;
+  // Column `i` of four, where the product leaves it.
+  __device__ __forceinline__ float& at(int four, int second, int i) {
+    return v[4 * (i / 2 * FOURS + four) + 2 * second + i % 2];
   }
-  __device__ __forceinline__ float& at(int four, int second, int i) { return v[place(four, second, i)]; }
 
   template <typename Do>
   __device__ static __forceinline__ void each(const Do& something) {
@@ -171,13 +162,7 @@ __device__ __forceinline__ void multiply(Tile& product, const Ring& ring, RingCu
                                          int last, int all) {
 #pragma unroll 1
   for (int step = first; step < last; ++step) {
-    const Swizzled rows(ring.x(at.slot)), weights(ring.weights(at.slot));
-    wait(ring.full(at.slot), at.parity);
-    settle(product.v);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < LINE; k += 32) Format::mma(product.v, rows.at(k), weights.at(k));
-    wgmma_commit();
+    ring.begin_products(product.v, at);
     wgmma_wait<1>();
     if (step > 0 && step - 1 + STAGES < all) ring.release(at.slot ? at.slot - 1 : STAGES - 1);
     at.advance();

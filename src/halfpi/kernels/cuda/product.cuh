@@ -103,13 +103,13 @@ __device__ __forceinline__ void multiply(float (&result)[SUMS], Block& b, int un
 
 constexpr int FLIPPED_SUMS = LINE_ROWS / 2;
 
-// Of tiles of 128 rows: a group multiplies 64 of them.
-template <typename F, bool FLIPPED, int SUMS, typename Source>
+// Of tiles of up to 128 rows: a group multiplies 64 of them.
+template <typename F, bool FLIPPED, int ROWS_W = TILE, int SUMS, typename Source>
 __device__ __forceinline__ void wide_product(float (&result)[SUMS], Block& b, int units, int operand,
                                              Source source) {
   static_assert(!FLIPPED || SUMS == FLIPPED_SUMS, "rows of actions, in eights");
-  multiply<F, FLIPPED, TILE, TILE_CHUNKS, 1, GROUPS>(result, b, units, operand, 64 * b.group, 0,
-                                                     source);
+  multiply<F, FLIPPED, ROWS_W, TILE_CHUNKS, 1, GROUPS>(result, b, units, operand, 64 * b.group, 0,
+                                                       source);
 }
 
 // Of a flipped product, of row lane / 4 + 8 i, two neighbouring columns of a warp's first or second
