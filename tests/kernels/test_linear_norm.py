@@ -58,6 +58,11 @@ def test_hopper_uses_it_for_one_wave(dtype: torch.dtype) -> None:
 
 
 @needs_compiler
+def test_a_long_product_with_most_multiprocessors() -> None:
+    assert is_meant_for(768, 1152, 4352, FP8, BF16, HOPPER)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("m", "n", "k", "dtype", "working"),
     [
@@ -68,7 +73,9 @@ def test_hopper_uses_it_for_one_wave(dtype: torch.dtype) -> None:
         (512, 1152, 1150, BF16, BF16),
         (512, 1152, 1152, BF16, torch.float32),
         (512, 1152, 1152, torch.float32, torch.float32),
-        (512, 1152, 16384, FP8, BF16),  # a long sum of E4M3 is not exact enough
+        (960, 1152, 16384, FP8, BF16),  # a long sum of E4M3 is not exact enough
+        (512, 1152, 4352, FP8, BF16),  # a long product, and half of the multiprocessors
+        (768, 1152, 4352, BF16, BF16),
     ],
 )
 def test_what_it_is_not_meant_for(

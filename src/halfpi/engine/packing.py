@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +84,16 @@ class VisionLayer:
 
 @dataclass(frozen=True)
 class VisionWeights:
-    """SigLIP. position: fp32 (tokens_per_image, d)."""
+    """SigLIP. position: fp32 (tokens_per_image, d).
+
+    stacks: by the name of a layer's matrix, the weights of all layers, one behind another: (depth,
+    n, k), of which each layer has its own.
+    """
 
     patch: Matrix
     position: Tensor
     layers: tuple[VisionLayer, ...]
+    stacks: Mapping[str, Tensor]
     norm: LayerNormWeights
     projector: Matrix
 
@@ -150,10 +155,14 @@ class Packer:
     def vision(self) -> VisionWeights:
         """All of SigLIP and the projector."""
         siglip = self._model.vision
+        layers, stacks = _stacked(
+            [self._vision_layer(index) for index in range(self.config.vision_depth)]
+        )
         return VisionWeights(
             patch=self._patch(siglip.patch_embed),
             position=self._wide(siglip.position_embed),
-            layers=tuple(self._vision_layer(index) for index in range(self.config.vision_depth)),
+            layers=layers,
+            stacks=stacks,
             norm=self._layer_norm(siglip.norm),
             projector=self._linear(siglip.projector, self._dtype),
         )
@@ -268,6 +277,20 @@ class Packer:
 
     def _wide(self, parameter: Tensor) -> Tensor:
         return parameter.detach().to(self._device, torch.float32)
+
+
+def _stacked(
+    layers: list[VisionLayer],
+) -> tuple[tuple[VisionLayer, ...], dict[str, Tensor]]:
+    """The same layers, and the stacks that their matrices are now in."""
+    stacks = {}
+    for name in ("qkv", "out", "fc1", "fc2"):
+        matrices: list[Matrix] = [getattr(layer, name) for layer in layers]
+        stacks[name] = stack = torch.stack([matrix.weight for matrix in matrices])
+        for index, (matrix, weight) in enumerate(zip(matrices, stack, strict=True)):
+            own: dict[str, Any] = {name: dataclasses.replace(matrix, weight=weight)}
+            layers[index] = dataclasses.replace(layers[index], **own)
+    return tuple(layers), stacks
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:

@@ -1,16 +1,20 @@
-"""The denoise stage as one kernel for a whole schedule, on Hopper GPUs."""
+"""Stages, or most of one, as one kernel whose blocks wait for each other, on Hopper GPUs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
 from halfpi.engine.denoise import DenoiseInputs
-from halfpi.engine.packing import ExpertLayer, ExpertWeights, Matrix
+from halfpi.engine.packing import ExpertLayer, ExpertWeights, Matrix, VisionLayer, VisionWeights
 from halfpi.engine.prefill import Cache
-from halfpi.kernels import expert_stream
+from halfpi.kernels import expert_stream, siglip_layers
 from halfpi.kernels.expert_steps import ActionWeights, ExpertSizes, ExpertSteps, supports
+from halfpi.kernels.siglip_layers import SiglipLayers, SiglipWeights
+from halfpi.kernels.spec import FP8, Device
 
 
 def persistent_sizes(
@@ -76,6 +80,48 @@ class PersistentDenoise:
             inputs.gains[: modulations.shape[0] - 1],
             inputs.result,
         )
+
+
+def persistent_vision(
+    config: Pi05Config, weights: VisionWeights, max_cameras: int, device: torch.device
+) -> SiglipLayers | None:
+    """All layers of SigLIP for as many cameras as can be, None where no camera can."""
+    sizes = (config.tokens_per_image, config.vision_heads, config.vision_head_dim)
+    layer = weights.layers[0]
+    formats = [matrix.weight.dtype for matrix in (layer.qkv, layer.out, layer.fc1, layer.fc2)]
+    if (
+        device.type != "cuda"
+        or sizes != (siglip_layers.TOKENS, siglip_layers.HEADS, siglip_layers.HEAD_DIM)
+        or formats != [FP8, torch.bfloat16, FP8, FP8]
+        or layer.fc2.weight.shape[1] != siglip_layers.HIDDEN
+    ):
+        return None
+    depth, limits = len(weights.layers), Device.of(device)
+    fit = [n for n in range(1, max_cameras + 1) if siglip_layers.supports(n, depth, limits)]
+    return SiglipLayers(_siglip(weights), fit[-1], device) if fit else None
+
+
+def _siglip(weights: VisionWeights) -> SiglipWeights:
+    def all_layers(part: Callable[[VisionLayer], Tensor | None]) -> Tensor:
+        parts = [part(layer) for layer in weights.layers]
+        return torch.stack([one.flatten().float() for one in parts if one is not None])
+
+    def matrices(layer: VisionLayer) -> list[Matrix]:
+        return [getattr(layer, site) for site in siglip_layers.SITES]
+
+    return SiglipWeights(
+        **weights.stacks,
+        query_bias=all_layers(lambda layer: layer.query_bias),
+        attn_gain=all_layers(lambda layer: layer.attn_norm.weight),
+        attn_shift=all_layers(lambda layer: layer.attn_norm.bias),
+        out_bias=all_layers(lambda layer: layer.out.bias),
+        mlp_gain=all_layers(lambda layer: layer.mlp_norm.weight),
+        mlp_shift=all_layers(lambda layer: layer.mlp_norm.bias),
+        fc1_bias=all_layers(lambda layer: layer.fc1.bias),
+        fc2_bias=all_layers(lambda layer: layer.fc2.bias),
+        alphas=all_layers(lambda layer: torch.cat([_alpha(one) for one in matrices(layer)])),
+        input_scales=all_layers(lambda layer: torch.cat([_scale(one) for one in matrices(layer)])),
+    )
 
 
 def _matrices(layer: ExpertLayer) -> tuple[Matrix, ...]:

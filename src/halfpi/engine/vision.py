@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from halfpi.config import Pi05Config
-from halfpi.engine.operations import Operations, Pending
-from halfpi.engine.packing import Matrix, VisionLayer, VisionWeights
+from halfpi.engine.operations import Operations
+from halfpi.engine.packing import VisionLayer, VisionWeights
+from halfpi.engine.persistent import persistent_vision
 
 
 class VisionStage:
@@ -46,6 +47,7 @@ class VisionStage:
         self._mlp_normed = layer.fc1.input_buffer(rows)
         self._hidden = layer.fc2.input_buffer(rows)
         self._final = weights.projector.input_buffer(rows)
+        self._persistent = persistent_vision(config, weights, max_cameras, device)
 
     def enqueue(self, images: Tensor, first: int, count: int) -> None:
         """Encode blocks `first` … of `images`, which is `pixels` or `floats`."""
@@ -57,30 +59,34 @@ class VisionStage:
         x = self._x[:rows]
         ops.patchify(chosen, config.patch_size, self._patches[:rows])
         ops.linear(self._patches[:rows], weights.patch, x, residual=self._positions[:rows])
-        pending = None
-        after = [*(layer.qkv for layer in weights.layers[1:]), weights.projector]
-        for layer, later in zip(weights.layers, after, strict=True):
-            pending = self._layer(x, layer, pending, later)
-        ops.layer_norm(x, weights.norm, self._final[:rows], weights.projector, pending)
+        if self._persistent is not None and count <= self._persistent.images:
+            self._persistent(x)
+            ops.layer_norm(x, weights.norm, self._final[:rows], weights.projector)
+        else:
+            self._chain(x)
         begin = first * config.tokens_per_image
         ops.linear(self._final[:rows], weights.projector, self._prefix[begin : begin + rows])
 
-    def _layer(
-        self, x: Tensor, layer: VisionLayer, pending: Pending | None, later: Matrix
-    ) -> Pending:
-        """One block, before the product with `later`.
+    def _chain(self, x: Tensor) -> None:
+        """All layers, kernel by kernel, and the last norm."""
+        weights, rows = self._weights, x.shape[0]
+        first, *others = weights.layers
+        normed = self._attn_normed[:rows]
+        self._ops.layer_norm(x, first.attn_norm, normed, first.qkv)
+        after = [(layer.attn_norm, layer.qkv, normed) for layer in others]
+        after.append((weights.norm, weights.projector, self._final[:rows]))
+        for layer, (norm, reader, out) in zip(weights.layers, after, strict=True):
+            self._layer(x, layer)
+            self._ops.linear_norm(self._hidden[:rows], layer.fc2, x, norm, out, reader)
 
-        pending: the output of the one before, which its first norm adds.
-        """
+    def _layer(self, x: Tensor, layer: VisionLayer) -> None:
+        """One block, from behind its first norm to before its last product."""
         ops, rows = self._ops, x.shape[0]
-        normed, mixed = self._attn_normed[:rows], self._mixed[:rows]
-        ops.layer_norm(x, layer.attn_norm, normed, layer.qkv, pending)
-        ops.linear(normed, layer.qkv, self._qkv[:rows], later=layer.out.weight)
+        ops.linear(self._attn_normed[:rows], layer.qkv, self._qkv[:rows], later=layer.out.weight)
         self._attention(rows, layer)
         normed, hidden = self._mlp_normed[:rows], self._hidden[:rows]
-        ops.linear_norm(mixed, layer.out, x, layer.mlp_norm, normed, layer.fc1)
+        ops.linear_norm(self._mixed[:rows], layer.out, x, layer.mlp_norm, normed, layer.fc1)
         ops.linear(normed, layer.fc1, hidden, layer.fc2, later=layer.fc2.weight, gelu=True)
-        return ops.split_linear(hidden, layer.fc2, later=later.weight)
 
     def _attention(self, rows: int, layer: VisionLayer) -> None:
         """Every image's tokens among themselves."""

@@ -26,6 +26,9 @@ from halfpi.kernels.spec import FP8, Device, check
 _PEERS, _WARPS = 8, 4  # blocks of a cluster; warps of a block that multiply
 _WIDEST = 208  # columns of a block, whose registers hold them
 _MOST_STAGES = 8  # steps along K that a block has ahead of the one that is multiplied
+# Steps along K, times multiprocessors that have none of the rows: with more a product that all of
+# them share is faster, with a norm behind it. Measured between 1 800 and 2 300 (docs/LOG.md).
+_MOST_IDLE = 2000
 
 
 def linear_norm_reference(
@@ -48,15 +51,19 @@ def linear_norm_reference(
 def supports(x: Tensor, residual: Tensor, device: Device) -> bool:
     """Whether the kernel is meant for these on `device`: several clusters that run at a time.
 
-    It does any rows, but of few a cluster would read all weights alone.
+    It does any rows, but of few a cluster would read all weights alone, and a long product wants
+    most multiprocessors.
     """
     m, n = residual.shape
+    steps = math.ceil(x.shape[1] * x.itemsize / LINE_BYTES)
+    idle = device.multiprocessors - math.ceil(m / GROUP_ROWS) * _PEERS
     return (
         device.capability == 90
         and is_available()
         and residual.dtype == torch.bfloat16
         and x.dtype in (torch.bfloat16, FP8)
         and FEW_ROWS < m <= GROUP_ROWS * CLUSTERS[_PEERS]
+        and steps * idle <= _MOST_IDLE
         and _fits(n, x)
         and (x.dtype != FP8 or x.shape[1] <= FAST_SUM)
     )

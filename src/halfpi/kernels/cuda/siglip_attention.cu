@@ -1,35 +1,18 @@
 // Attention of SigLIP: a block has ROWS, 64 or 128, of an image's 256 queries of a head, and all of its keys.
-#include "softmax.cuh"
-#include "wgmma.cuh"
+#include "siglip.cuh"
 
 namespace {
 
-using namespace hopper;
+using namespace siglip;
 
-constexpr int TOKENS = 256, HEAD = 72, CHUNKS = HEAD / 8;  // of 16 bytes
+constexpr int CHUNKS = HEAD / 8;  // of 16 bytes
 constexpr int THREADS = 2 * ROWS;  // a group of 128 has 64 rows
 constexpr int BYTES = FP8 ? 1 : 2;                         // of an output
-constexpr float LOGIT_SCALE = 0.117851130f * 1.44269504f;  // 1/√k · log2 e
-// Keys and values come as lines of 64 dimensions and lines of 16, of which the second half is not
-// this head's: it meets zeros of the queries, or is not stored.
-constexpr int MOST = 64, REST = 16, MOST_BYTES = TOKENS * MOST * 2;
-constexpr int OPERAND_BYTES = MOST_BYTES + TOKENS * REST * 2;
 constexpr int KEYS = 0, VALUES = KEYS + OPERAND_BYTES, QUERIES = VALUES + OPERAND_BYTES;
 constexpr int QUERY_CHUNK = ROWS * 16;  // queries are (chunk, row, 16 bytes)
 constexpr int STAGED = QUERIES + (CHUNKS + 1) * QUERY_CHUNK, BIAS = STAGED + ROWS * HEAD * BYTES;
 constexpr int BARRIERS = BIAS + HEAD * 4;
 static_assert(BARRIERS + 16 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
-
-struct Operand {
-  u32 at, barrier;
-
-  __device__ __forceinline__ void copy(const TensorMap& most, const TensorMap& rest, int column,
-                                       int row) const {
-    mbarrier_expect(barrier, OPERAND_BYTES);
-    tensor_copy(at, most, column, row, barrier);
-    tensor_copy(at + MOST_BYTES, rest, column + MOST, row, barrier);
-  }
-};
 
 __device__ __forceinline__ u32 biased(u32 word, float low, float high) {
   return pack_bf16(low_bf16(word) + low, high_bf16(word) + high);
@@ -81,54 +64,6 @@ __device__ __forceinline__ void multiply(float (&logits)[TOKENS / 2], u32 querie
   Bf16::mma(logits, rows.at(MOST / 8 * QUERY_CHUNK), rest.at(0));
   wgmma_commit();
 }
-
-// Of 64 queries and all keys. A thread has two rows, the second eight further on.
-struct Softmax {
-  float most[MOST / 2] = {}, rest[REST / 2] = {}, total[2] = {};
-
-  __device__ __forceinline__ void add(const float (&logits)[TOKENS / 2], u32 values) {
-    constexpr int STEP = 64;  // keys, whose weights are made while those before are multiplied
-    float base[2] = {-infinity(), -infinity()};
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) base[i / 2 % 2] = fmaxf(base[i / 2 % 2], logits[i]);
-    base[0] = over_quad(base[0], true) * LOGIT_SCALE;
-    base[1] = over_quad(base[1], true) * LOGIT_SCALE;
-    const SwizzledLines<2 * MOST> most_values(values);
-    const SwizzledLines<2 * REST> rest_values(values + MOST_BYTES);
-    u32 weights[TOKENS / 4];
-    settle(most);
-    settle(rest);
-#pragma unroll
-    for (int key = 0; key < TOKENS; key += STEP) {
-      make_weights<STEP / 2>(logits + key / 2, LOGIT_SCALE, base, weights + key / 4, total);
-      wgmma_fence();
-#pragma unroll
-      for (int k = key; k < key + STEP; k += 16) {
-        Bf16::mma_transposed(most, weights + k / 4, most_values.at(k * 2 * MOST));
-        Bf16::mma_transposed(rest, weights + k / 4, rest_values.at(k * 2 * REST));
-      }
-      wgmma_commit();
-    }
-    wgmma_wait<0>();
-    settle(most);
-    settle(rest);
-    keep(weights);
-    total[0] = over_quad(total[0], false), total[1] = over_quad(total[1], false);
-  }
-
-  // As rows of HEAD numbers.
-  __device__ __forceinline__ void store(u32 to, float scale) const {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const float factors[2] = {scale * reciprocal(total[0]), scale * reciprocal(total[1])};
-#pragma unroll
-    for (int i = 0; i < HEAD / 2; i += 2) {
-      const int second = i / 2 % 2;
-      const float* v = i < MOST / 2 ? most + i : rest + i - MOST / 2;
-      const u32 at = to + ((row + 8 * second) * HEAD + i / 4 * 8 + lane % 4 * 2) * BYTES;
-      store_pair<FP8>(at, v[0] * factors[second], v[1] * factors[second]);
-    }
-  }
-};
 
 // Rows of a group, which lie side by side in shared memory, to where heads are.
 __device__ __forceinline__ void copy_out(char* to, const char* from, int heads) {
@@ -191,9 +126,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) siglip_attention(
   settle(logits);
 
   Softmax softmax;
-  softmax.add(logits, values.at);
+  softmax.add<TOKENS>(logits, values.at);
   const int staged = STAGED + group * 64 * HEAD * BYTES;
-  softmax.store(shared + staged, inverse_scale);
+  softmax.store<FP8>(shared + staged, inverse_scale);
   named_barrier(1 + group, 128);
   copy_out(out + (long(first + group * 64) * heads + head) * HEAD * BYTES, memory + staged, heads);
 }

@@ -81,6 +81,7 @@ using Swizzled = SwizzledLines<128>;
 #define SUMS_12 SUMS_8, SUM4(8)
 #define SUMS_20 SUMS_16, SUM4(16)
 #define SUMS_28 SUMS_24, SUM4(24)
+#define SUMS_36 SUMS_32, SUM4(32)
 #define NAMES_4 "%0,%1,%2,%3"
 #define NAMES_8 NAMES_4 ",%4,%5,%6,%7"
 #define NAMES_16 NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
@@ -101,6 +102,7 @@ using Swizzled = SwizzledLines<128>;
 #define NAMES_12 NAMES_8 ",%8,%9,%10,%11"
 #define NAMES_20 NAMES_16 ",%16,%17,%18,%19"
 #define NAMES_28 NAMES_24 ",%24,%25,%26,%27"
+#define NAMES_36 NAMES_32 ",%32,%33,%34,%35"
 
 // Of `columns` columns, of which a thread has n sums. Operands of assembly are counted: A is one, in shared
 // memory, or four, in registers, and B, number b, is the last.
@@ -128,6 +130,7 @@ using Swizzled = SwizzledLines<128>;
   PRODUCT(mma, 48, shape, 24, 25, flags) \
   PRODUCT(mma, 56, shape, 28, 29, flags) \
   PRODUCT(mma, 64, shape, 32, 33, flags) \
+  PRODUCT(mma, 72, shape, 36, 37, flags) \
   PRODUCT(mma, 80, shape, 40, 41, flags) \
   PRODUCT(mma, 96, shape, 48, 49, flags) \
   PRODUCT(mma, 112, shape, 56, 57, flags) \
@@ -149,7 +152,9 @@ struct Bf16 {
   // And A (16, 64), too.
   PRODUCT(mma_both_transposed, 8, BF16, 4, 5, ", 1, 1")
   PRODUCT(mma_both_transposed, 16, BF16, 8, 9, ", 1, 1")
-  // Only B, with A in registers, as a product leaves it there.
+  // A in registers, as a product leaves it there.
+  PRODUCT_OF_REGISTERS(mma, 128, BF16, 64, 65, 66, 67, 68, ", 0")
+  // And B transposed.
   PRODUCT_OF_REGISTERS(mma_transposed, 16, BF16, 8, 9, 10, 11, 12, ", 1")
   PRODUCT_OF_REGISTERS(mma_transposed, 64, BF16, 32, 33, 34, 35, 36, ", 1")
   PRODUCT_OF_REGISTERS(mma_transposed, 256, BF16, 128, 129, 130, 131, 132, ", 1")
@@ -168,10 +173,12 @@ struct E4m3 {
 #undef SUMS_12
 #undef SUMS_20
 #undef SUMS_28
+#undef SUMS_36
 #undef NAMES_4
 #undef NAMES_12
 #undef NAMES_20
 #undef NAMES_28
+#undef NAMES_36
 #undef SUMS_8
 #undef NAMES_8
 #undef SUMS_16

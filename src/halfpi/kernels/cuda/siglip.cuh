@@ -1,0 +1,92 @@
+// Attention of SigLIP: the 256 keys of a head of an image fit into shared memory, and a row's logits into the
+// registers of a quad.
+#pragma once
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace siglip {
+using namespace hopper;
+
+constexpr int TOKENS = 256, HEAD = 72;
+constexpr float LOGIT_SCALE = 0.117851130f * 1.44269504f;  // 1/√k · log2 e
+// Keys and values come as lines of 64 dimensions and lines of 16, of which the second half is not
+// this head's: it meets zeros of the queries, or is not stored.
+constexpr int MOST = 64, REST = 16, MOST_BYTES = TOKENS * MOST * 2;
+constexpr int OPERAND_BYTES = MOST_BYTES + TOKENS * REST * 2;
+
+struct Operand {
+  u32 at, barrier;
+
+  __device__ __forceinline__ void copy(const TensorMap& most, const TensorMap& rest, int column,
+                                       int row) const {
+    mbarrier_expect(barrier, OPERAND_BYTES);
+    tensor_copy(at, most, column, row, barrier);
+    tensor_copy(at + MOST_BYTES, rest, column + MOST, row, barrier);
+  }
+};
+
+// Of 64 queries. A thread has two rows, the second eight further on.
+struct Softmax {
+  float most[MOST / 2] = {}, rest[REST / 2] = {}, total[2] = {}, base[2] = {-infinity(), -infinity()};
+
+  // Of COUNT keys, from the `first` on: all, or part after part.
+  template <int COUNT>
+  __device__ __forceinline__ void add(const float (&logits)[COUNT / 2], u32 values, int first = 0) {
+    constexpr int STEP = 64;  // keys, whose weights are made while those before are multiplied
+    float highest[2] = {base[0], base[1]};
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], logits[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) highest[i] = over_quad(highest[i], true);
+    if (COUNT < TOKENS) rebase(highest);
+    base[0] = highest[0], base[1] = highest[1];
+    const float scaled[2] = {base[0] * LOGIT_SCALE, base[1] * LOGIT_SCALE};
+    const SwizzledLines<2 * MOST> most_values(values + first * 2 * MOST);
+    const SwizzledLines<2 * REST> rest_values(values + MOST_BYTES + first * 2 * REST);
+    u32 weights[COUNT / 4];
+    settle(most);
+    settle(rest);
+#pragma unroll
+    for (int key = 0; key < COUNT; key += STEP) {
+      make_weights<STEP / 2>(logits + key / 2, LOGIT_SCALE, scaled, weights + key / 4, total);
+      wgmma_fence();
+#pragma unroll
+      for (int k = key; k < key + STEP; k += 16) {
+        Bf16::mma_transposed(most, weights + k / 4, most_values.at(k * 2 * MOST));
+        Bf16::mma_transposed(rest, weights + k / 4, rest_values.at(k * 2 * REST));
+      }
+      wgmma_commit();
+    }
+    wgmma_wait<0>();
+    settle(most);
+    settle(rest);
+    keep(weights);
+  }
+  // What there is, for logits of which the highest is another.
+  __device__ __forceinline__ void rebase(const float (&highest)[2]) {
+    const float factors[2] = {exp2_fast((base[0] - highest[0]) * LOGIT_SCALE),
+                              exp2_fast((base[1] - highest[1]) * LOGIT_SCALE)};
+#pragma unroll
+    for (int i = 0; i < MOST / 2; ++i) most[i] *= factors[i / 2 % 2];
+#pragma unroll
+    for (int i = 0; i < REST / 2; ++i) rest[i] *= factors[i / 2 % 2];
+    total[0] *= factors[0], total[1] *= factors[1];
+  }
+
+  // As rows of HEAD numbers.
+  template <bool E4M3>
+  __device__ __forceinline__ void store(u32 to, float scale) const {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const float factors[2] = {scale * reciprocal(over_quad(total[0], false)),
+                              scale * reciprocal(over_quad(total[1], false))};
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; i += 2) {
+      const int second = i / 2 % 2;
+      const float* v = i < MOST / 2 ? most + i : rest + i - MOST / 2;
+      const u32 at = to + ((row + 8 * second) * HEAD + i / 4 * 8 + lane % 4 * 2) * (E4M3 ? 1 : 2);
+      store_pair<E4M3>(at, v[0] * factors[second], v[1] * factors[second]);
+    }
+  }
+};
+
+}  // namespace siglip

@@ -1,0 +1,114 @@
+// What the threads of a block of siglip_layers.cu share: shared memory, its barriers, and how blocks hand
+// rows to each other.
+//
+// A block has 64 rows of an image, and of each product's columns a sixteenth: its head's, or as many. So
+// sixteen blocks have the same rows, a team, and nobody else needs those, but for keys and values, which the
+// image's three other blocks with this head read. Rows go through the L2. A block that has stored its part of
+// them tells so with a flag of its own, a word with a number that differs from the one before; those that
+// launches leave (DEPTH, 2 DEPTH, DEPTH - 1) differ from the first (1, 2). No buffer needs another copy but
+// for keys and values: whoever writes one again has waited, directly or through others, for all that read it
+// before.
+#pragma once
+#include "siglip.cuh"
+
+namespace {
+
+using namespace siglip;
+
+constexpr int HEADS = 16, WIDTH = HEADS * HEAD, HIDDEN = 4352;
+constexpr int ROWS = 64, WARPS = 4, TEAMS = TOKENS / ROWS;  // of an image
+// The hidden columns of a block come in two parts, each between those of the other blocks.
+constexpr int FIRST = 2 * HEAD, LAST = HIDDEN / HEADS - FIRST, LAST_BEGIN = HEADS * FIRST;
+
+// Operands come as lines of 128 bytes of a row, in a ring of lines of all rows, and one of units: lines of 72
+// columns of weights.
+constexpr int LINE = 128, X_LINE = ROWS * LINE, X_LINES = 10, UNIT = HEAD * LINE, UNITS = 14;
+constexpr int NORMED_LINES = WIDTH / LINE, MIXED_LINES = 2 * WIDTH / LINE;
+constexpr int FIRST_LINES = LAST_BEGIN / LINE, HIDDEN_LINES = HIDDEN / LINE;
+// Of a line, units that are multiplied together lie side by side, for which one is left out before fc1.
+constexpr int PAIR = 2, LEFT_OUT = 1;
+constexpr int BEFORE_FC1 = 3 * NORMED_LINES + MIXED_LINES + LEFT_OUT;
+static_assert(UNITS % PAIR == 0 && BEFORE_FC1 % PAIR == 0 && HIDDEN_LINES % PAIR == 0, "pairs do not wrap");
+static_assert(X_LINES >= NORMED_LINES, "normed rows are multiplied twice");
+
+// Constants of a layer and a block, fp32: vectors for its columns, and numbers.
+enum Vector { QUERY_BIAS, ATTN_GAIN, ATTN_SHIFT, OUT_BIAS, MLP_GAIN, MLP_SHIFT, FC2_BIAS, FC1_BIAS };
+enum Number { QKV_ALPHA, FC1_ALPHA, FC2_ALPHA, HIDDEN_FACTOR, NUMBERS };
+constexpr int NUMBERS_AT = FC1_BIAS * HEAD + FIRST + LAST, CONSTANTS = NUMBERS_AT + NUMBERS;
+constexpr int CONSTANT_BYTES = CONSTANTS * 4;
+
+constexpr int PITCH = 2 * HEAD;  // bytes of a row that is staged
+constexpr int WEIGHTS = 0, X = WEIGHTS + UNITS * UNIT, STAGED = X + X_LINES * X_LINE;
+constexpr int KEYS = X, VALUES = KEYS + OPERAND_BYTES;  // where rows are, which attention does not need
+constexpr int CONSTANTS_AT = STAGED + ROWS * PITCH, BARRIERS = CONSTANTS_AT + 2 * CONSTANT_BYTES;
+constexpr int OTHERS = 2 * UNITS + 2 * X_LINES, BARRIER_COUNT = OTHERS + 6;
+static_assert(BARRIERS + 8 * BARRIER_COUNT <= SHARED_BYTES, "the launcher allocates what is used");
+static_assert(VALUES + OPERAND_BYTES <= STAGED, "keys and values have room");
+static_assert(X % 1024 == 0 && CONSTANT_BYTES % 16 == 0 && BARRIERS % 8 == 0, "alignment");
+
+struct Arguments {
+  const TensorMap &qkv, &out, &fc1, &fc2;                  // weights of all layers, below each other
+  const TensorMap &normed, &mixed, &hidden, &most, &rest;  // rows, and keys and values
+  const float* constants;                                  // (DEPTH, HEADS, CONSTANTS)
+  char *residual, *normed_rows, *mixed_rows, *hidden_rows, *keys;
+  Word* statistics;  // (2, rows, HEADS)
+  u32* flags;
+  int images;
+};
+
+// Rows that a team's blocks tell each other of.
+enum Kind { NORMED, MIXED, HIDDEN_FIRST, HIDDEN_LAST, KINDS };
+
+struct Block {
+  char* memory;
+  u32 shared;
+  int lane, warp;
+  int share, row;  // its head, its first row
+  Arguments a;
+
+  __device__ __forceinline__ u32 barrier(int i) const { return shared + BARRIERS + 8 * i; }
+  __device__ __forceinline__ u32 unit_full(int slot) const { return barrier(slot); }
+  __device__ __forceinline__ u32 unit_empty(int slot) const { return barrier(UNITS + slot); }
+  __device__ __forceinline__ u32 line_full(int slot) const { return barrier(2 * UNITS + slot); }
+  __device__ __forceinline__ u32 line_empty(int slot) const { return barrier(2 * UNITS + X_LINES + slot); }
+  // There is room for two layers.
+  __device__ __forceinline__ u32 constants_full(int layer) const { return barrier(OTHERS + layer % 2); }
+  __device__ __forceinline__ u32 constants_empty(int layer) const { return barrier(OTHERS + 2 + layer % 2); }
+  // Of keys and values of half of the teams.
+  __device__ __forceinline__ u32 keys_full(int half) const { return barrier(OTHERS + 4 + half); }
+
+  __device__ __forceinline__ void init_barriers() const {
+    for (int i = 0; i < UNITS; ++i) mbarrier_init(unit_full(i), 1), mbarrier_init(unit_empty(i), WARPS);
+    for (int i = 0; i < X_LINES; ++i) mbarrier_init(line_full(i), 1), mbarrier_init(line_empty(i), WARPS);
+    for (int i = 0; i < 2; ++i) mbarrier_init(constants_full(i), 1), mbarrier_init(constants_empty(i), WARPS);
+    for (int i = 0; i < 2; ++i) mbarrier_init(keys_full(i), 1);
+    mbarriers_ready();
+  }
+
+  __device__ __forceinline__ int image() const { return row / TOKENS; }
+  // Of its image.
+  __device__ __forceinline__ int team() const { return row / ROWS % TEAMS; }
+  // Flags of the team's blocks.
+  __device__ __forceinline__ u32* flags(Kind kind) const {
+    return a.flags + (kind * a.images * TEAMS + row / ROWS) * HEADS;
+  }
+  // Flags of the blocks with this head of this image. Keys and values have two buffers in turn.
+  __device__ __forceinline__ u32* key_flags(int layer) const {
+    return a.flags + (KINDS * a.images * HEADS + (layer % 2 * a.images + image()) * HEADS + share) * TEAMS;
+  }
+  // Where this image's keys or values are, of this head, as rows of HEAD numbers.
+  __device__ __forceinline__ int key_row(int layer, int values) const {
+    return (((layer % 2 * a.images + image()) * HEADS + share) * 2 + values) * TOKENS;
+  }
+};
+
+// By a warp, of flags, a lane's each.
+__device__ __forceinline__ u32 look(const u32* flag) {
+  u32 told;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(told) : "l"(flag) : "memory");
+  return told;
+}
+// Between two looks, which take from others what they need to go on.
+constexpr int NAP = 100;  // ns
+
+}  // namespace

@@ -1,0 +1,167 @@
+// What the warps of a block do that do not multiply: bring weights and rows, and tell other blocks.
+#pragma once
+#include "siglip_block.cuh"
+
+namespace {
+
+// By one thread: weights and constants, as far ahead as there is room. They depend on nothing.
+struct WeightFiller {
+  const Block& b;
+  RingCursor<UNITS> at{0, 1};
+
+  // Rows of weights from `row` on, of which a line has so many numbers.
+  __device__ __forceinline__ void bring(const TensorMap& map, int line, int numbers, int row) {
+    wait(b.unit_empty(at.slot), at.parity);
+    mbarrier_expect(b.unit_full(at.slot), UNIT);
+    tensor_copy(b.shared + WEIGHTS + at.slot * UNIT, map, line * numbers, row, b.unit_full(at.slot));
+    at.advance();
+  }
+  __device__ __forceinline__ void leave_out() {
+    wait(b.unit_empty(at.slot), at.parity);
+    mbarrier_arrive(b.unit_full(at.slot), 1);
+    at.advance();
+  }
+  __device__ __forceinline__ void bring_constants(int layer) const {
+    wait(b.constants_empty(layer), layer / 2 % 2 ^ 1);
+    mbarrier_expect(b.constants_full(layer), CONSTANT_BYTES);
+    bulk_copy(b.shared + CONSTANTS_AT + layer % 2 * CONSTANT_BYTES,
+              b.a.constants + (layer * HEADS + b.share) * CONSTANTS, CONSTANT_BYTES, b.constants_full(layer));
+  }
+  __device__ __forceinline__ void fill() {
+    const Arguments& a = b.a;
+#pragma unroll 1
+    for (int layer = 0; layer < DEPTH; ++layer) {
+      bring_constants(layer);
+      const int row = layer * WIDTH + b.share * HEAD, qkv = 3 * layer * WIDTH + b.share * HEAD;
+#pragma unroll 1
+      for (int line = 0; line < NORMED_LINES; ++line) {
+        bring(a.qkv, line, LINE, qkv + WIDTH);
+        bring(a.qkv, line, LINE, qkv + 2 * WIDTH);
+      }
+#pragma unroll 1
+      for (int line = 0; line < NORMED_LINES; ++line) bring(a.qkv, line, LINE, qkv);
+#pragma unroll 1
+      for (int line = 0; line < MIXED_LINES; ++line) bring(a.out, line, LINE / 2, row);
+      leave_out();
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        const int first = layer * HIDDEN + (part ? LAST_BEGIN + b.share * LAST : b.share * FIRST);
+#pragma unroll 1
+        for (int line = 0; line < NORMED_LINES; ++line) {
+          bring(a.fc1, line, LINE, first);
+          bring(a.fc1, line, LINE, first + HEAD);  // of the last part, more than it has
+        }
+      }
+#pragma unroll 1
+      for (int line = 0; line < HIDDEN_LINES; ++line) bring(a.fc2, line, LINE, row);
+    }
+  }
+};
+
+// By a warp: rows, as soon as all of the team have stored theirs.
+struct RowFiller {
+  const Block& b;
+  RingCursor<X_LINES> at{0, 1};
+
+  __device__ __forceinline__ void fill(Kind kind, u32 number, const TensorMap& map, int numbers, int first,
+                                       int last) {
+    const u32* const flag = b.flags(kind) + b.lane % HEADS;
+    Watchdog watchdog;
+    while (!__all_sync(~0u, look(flag) == number)) {
+      nap<NAP>();
+      watchdog.check();
+    }
+    fence_copies();
+    if (elected()) {
+      RingCursor<X_LINES> to = at;
+#pragma unroll 1
+      for (int line = first; line < last; ++line) {
+        wait(b.line_empty(to.slot), to.parity);
+        mbarrier_expect(b.line_full(to.slot), X_LINE);
+        tensor_copy(b.shared + X + to.slot * X_LINE, map, line * numbers, b.row, b.line_full(to.slot));
+        to.advance();
+      }
+    }
+    at.skip(last - first);
+    __syncwarp();
+  }
+  // In place of rows, all of which have been read: those of each team as soon as it has told of them, the
+  // block's own first.
+  __device__ __forceinline__ void fill_keys(int layer) const {
+    RingCursor<X_LINES> to = at;
+#pragma unroll 1
+    for (int i = 0; i < X_LINES; ++i) {
+      wait(b.line_empty(to.slot), to.parity);
+      to.advance();
+    }
+    if (elected()) {
+      for (int half = 0; half < 2; ++half) mbarrier_expect(b.keys_full(half), OPERAND_BYTES);
+    }
+    const u32* const flag = b.key_flags(layer) + (b.team() + b.lane) % TEAMS;
+    Watchdog watchdog;
+    for (u32 brought = 0;; nap<NAP>()) {
+      u32 told = __ballot_sync(~0u, look(flag) == layer + 1) % (1 << TEAMS) & ~brought;
+      brought |= told;
+      if (told) {
+        fence_copies();
+        if (elected()) {
+          for (; told; told &= told - 1) bring_keys(layer, __ffs(told) - 1);
+        }
+        __syncwarp();
+        if (brought == (1 << TEAMS) - 1) return;
+      }
+      watchdog.check();
+    }
+  }
+  __device__ __forceinline__ void bring_keys(int layer, int place) const {
+    const int from = (b.team() + place) % TEAMS * ROWS, to = place * ROWS;
+    const u32 full = b.keys_full(place / (TEAMS / 2));
+#pragma unroll
+    for (int values = 0; values < 2; ++values) {
+      const int row = b.key_row(layer, values) + from;
+      const u32 operand = b.shared + (values ? VALUES : KEYS);
+      tensor_copy(operand + to * 2 * MOST, b.a.most, 0, row, full);
+      tensor_copy(operand + MOST_BYTES + to * 2 * REST, b.a.rest, MOST, row, full);
+    }
+  }
+  __device__ __forceinline__ void fill() {
+    const Arguments& a = b.a;
+#pragma unroll 1
+    for (int layer = 0; layer < DEPTH; ++layer) {
+      fill(NORMED, 2 * layer + 1, a.normed, LINE, 0, NORMED_LINES);
+      fill_keys(layer);
+      fill(MIXED, layer + 1, a.mixed, LINE / 2, 0, MIXED_LINES);
+      fill(NORMED, 2 * layer + 2, a.normed, LINE, 0, NORMED_LINES);
+      fill(HIDDEN_FIRST, layer + 1, a.hidden, LINE, 0, FIRST_LINES);
+      fill(HIDDEN_LAST, layer + 1, a.hidden, LINE, FIRST_LINES, HIDDEN_LINES);
+    }
+  }
+};
+
+// By a warp: tells others what the group has stored, which so does not wait until that has arrived. There are
+// two meetings in turn: before one comes again, the group has waited for what was told after it.
+constexpr int MEETING = 1, MEETING_THREADS = 32 * WARPS + 32;
+
+struct Teller {
+  const Block& b;
+  int meetings = 0;
+
+  __device__ __forceinline__ void tell(u32* flag, u32 number) {
+    named_barrier(MEETING + meetings++ % 2, MEETING_THREADS);
+    if (b.lane == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+  }
+  __device__ __forceinline__ void tell(Kind kind, u32 number) { tell(b.flags(kind) + b.share, number); }
+  __device__ __forceinline__ void tell_all() {
+#pragma unroll 1
+    for (int layer = 0; layer < DEPTH; ++layer) {
+      tell(NORMED, 2 * layer + 1);
+      tell(b.key_flags(layer) + b.team(), layer + 1);
+      tell(MIXED, layer + 1);
+      tell(NORMED, 2 * layer + 2);
+      tell(HIDDEN_FIRST, layer + 1);
+      tell(HIDDEN_LAST, layer + 1);
+    }
+  }
+};
+
+}  // namespace
