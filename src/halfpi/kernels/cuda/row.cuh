@@ -102,7 +102,7 @@ struct Row {
   // loads of their own.
   __device__ void await_some(const char* sums, u32 mark) const {
     constexpr int LANES = 32 / HEADS;            // of a cluster's sums
-    constexpr int NAP = FEW ? 400 : FP8 ? 300 : 600;  // ns: looks take power, which bf16 with many rows lacks
+    constexpr int NAP = FP8 || FEW ? 300 : 600;  // ns: looks take power, which bf16 with many rows lacks
     const int lane = thread % 32;
     const char* one = sums + lane / LANES * (WIDTH * 2) - (lane - lane % LANES) * 8;
     Watchdog watchdog;
