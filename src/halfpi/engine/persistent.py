@@ -98,10 +98,15 @@ def persistent_vision(
         return None
     depth, limits = len(weights.layers), Device.of(device)
     fit = [n for n in range(1, max_cameras + 1) if siglip_layers.supports(n, depth, limits)]
-    return SiglipLayers(_siglip(weights), fit[-1], device) if fit else None
+    return SiglipLayers(siglip_weights(weights), fit[-1], device) if fit else None
 
 
-def _siglip(weights: VisionWeights) -> SiglipWeights:
+def siglip_weights(weights: VisionWeights) -> SiglipWeights:
+    """SigLIP in E4M3 as the kernel reads it.
+
+    Raises ValueError for a matrix that should have scales and has none.
+    """
+
     def all_layers(part: Callable[[VisionLayer], Tensor | None]) -> Tensor:
         parts = [part(layer) for layer in weights.layers]
         return torch.stack([one.flatten().float() for one in parts if one is not None])
