@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from halfpi.kernels import specs
 from halfpi.kernels.cuda_source import is_available
@@ -18,6 +19,11 @@ needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="no Hopper GPU",
 )
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Without memory, for checks of shapes and dtypes."""
+    return torch.zeros(shape, device="meta").to(dtype)
 
 
 def checked_twice(kernel: str, case: Case, launch: Launch) -> Sequence[Output]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.kernels.conftest import ADA, CUDA, HOPPER, needs_compiler, needs_hopper
+from tests.kernels.conftest import ADA, CUDA, HOPPER, needs_compiler, needs_hopper, zeros
 
 from halfpi.kernels import linear_norm as file
 from halfpi.kernels.cuda_source import ptx, report
@@ -37,10 +37,6 @@ def test_compiles_without_spills(n: int, dtype: torch.dtype, out_dtype: torch.dt
     for instruction in ("multicast::cluster", "st.async", "griddepcontrol.wait"):
         assert instruction in code
     assert ("e4m3x2" in code) == (out_dtype == FP8)
-
-
-def zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.zeros(shape, device="meta").to(dtype)
 
 
 def is_meant_for(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.kernels.conftest import ADA, CUDA, HOPPER, needs_compiler, needs_hopper
+from tests.kernels.conftest import ADA, CUDA, HOPPER, needs_compiler, needs_hopper, zeros
 
 from halfpi.config import PRESETS
 from halfpi.kernels import siglip_layers as file
@@ -137,10 +137,6 @@ def test_every_block_has_its_own_constants() -> None:
     assert constants[layer, head, -1] == hidden
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, device="meta").to(dtype)
-
-
 def refusable(**changes: Any) -> SiglipWeights:
     """Without memory."""
     weights = random_weights(DEPTH, torch.device("meta"))
@@ -156,14 +152,26 @@ def test_takes_what_it_should() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": empty(DEPTH, 3 * WIDTH, WIDTH)}, "qkv must be contiguous float8_e4m3fn"),
-        ({"out": empty(DEPTH, WIDTH, WIDTH, dtype=FP8)}, "out must be contiguous bfloat16"),
-        ({"fc1": empty(DEPTH, 4304, WIDTH, dtype=FP8)}, r"fc1 must be .* \(4, 4352, 1152\)"),
-        ({"fc2": empty(3, WIDTH, HIDDEN, dtype=FP8)}, r"fc2 must be .* \(4, 1152, 4352\)"),
-        ({"mlp_gain": empty(DEPTH, 2)}, r"mlp_gain must be contiguous float32 \(4, 1152\)"),
-        ({"fc1_bias": empty(DEPTH, WIDTH)}, r"fc1_bias must be contiguous float32 \(4, 4352\)"),
-        ({"alphas": empty(DEPTH, 4)}, r"alphas must be contiguous float32 \(4, 3\)"),
-        ({"qkv": empty(3, 3 * WIDTH, WIDTH, dtype=FP8)}, "layers must be from 4 to 31, got 3"),
+        (
+            {"qkv": zeros(DEPTH, 3 * WIDTH, WIDTH, dtype=torch.float32)},
+            "qkv must be contiguous float8_e4m3fn",
+        ),
+        ({"out": zeros(DEPTH, WIDTH, WIDTH, dtype=FP8)}, "out must be contiguous bfloat16"),
+        ({"fc1": zeros(DEPTH, 4304, WIDTH, dtype=FP8)}, r"fc1 must be .* \(4, 4352, 1152\)"),
+        ({"fc2": zeros(3, WIDTH, HIDDEN, dtype=FP8)}, r"fc2 must be .* \(4, 1152, 4352\)"),
+        (
+            {"mlp_gain": zeros(DEPTH, 2, dtype=torch.float32)},
+            r"mlp_gain must be contiguous float32 \(4, 1152\)",
+        ),
+        (
+            {"fc1_bias": zeros(DEPTH, WIDTH, dtype=torch.float32)},
+            r"fc1_bias must be contiguous float32 \(4, 4352\)",
+        ),
+        (
+            {"alphas": zeros(DEPTH, 4, dtype=torch.float32)},
+            r"alphas must be contiguous float32 \(4, 3\)",
+        ),
+        ({"qkv": zeros(3, 3 * WIDTH, WIDTH, dtype=FP8)}, "layers must be from 4 to 31, got 3"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:

@@ -104,12 +104,11 @@ def persistent_vision(
 def siglip_weights(weights: VisionWeights) -> SiglipWeights:
     """SigLIP in E4M3 as the kernel reads it.
 
-    Raises ValueError for a matrix that should have scales and has none.
+    Raises ValueError for a matrix that should have scales or a bias and has none.
     """
 
-    def all_layers(part: Callable[[VisionLayer], Tensor | None]) -> Tensor:
-        parts = [part(layer) for layer in weights.layers]
-        return torch.stack([one.flatten().float() for one in parts if one is not None])
+    def all_layers(part: Callable[[VisionLayer], Tensor]) -> Tensor:
+        return torch.stack([part(layer).flatten() for layer in weights.layers])
 
     def matrices(layer: VisionLayer) -> list[Matrix]:
         return [getattr(layer, site) for site in siglip_layers.SITES]
@@ -119,11 +118,11 @@ def siglip_weights(weights: VisionWeights) -> SiglipWeights:
         query_bias=all_layers(lambda layer: layer.query_bias),
         attn_gain=all_layers(lambda layer: layer.attn_norm.weight),
         attn_shift=all_layers(lambda layer: layer.attn_norm.bias),
-        out_bias=all_layers(lambda layer: layer.out.bias),
+        out_bias=all_layers(lambda layer: _bias(layer.out, "out")),
         mlp_gain=all_layers(lambda layer: layer.mlp_norm.weight),
         mlp_shift=all_layers(lambda layer: layer.mlp_norm.bias),
-        fc1_bias=all_layers(lambda layer: layer.fc1.bias),
-        fc2_bias=all_layers(lambda layer: layer.fc2.bias),
+        fc1_bias=all_layers(lambda layer: _bias(layer.fc1, "fc1")),
+        fc2_bias=all_layers(lambda layer: _bias(layer.fc2, "fc2")),
         alphas=all_layers(lambda layer: torch.cat([_alpha(one) for one in matrices(layer)])),
         input_scales=all_layers(lambda layer: torch.cat([_scale(one) for one in matrices(layer)])),
     )
@@ -135,9 +134,9 @@ def _matrices(layer: ExpertLayer) -> tuple[Matrix, ...]:
 
 def _ends(weights: ExpertWeights) -> ActionWeights:
     first, last = weights.action_in, weights.action_out
-    if first.bias is None or last.bias is None:
-        raise ValueError("the projections of actions must have biases")
-    return ActionWeights(first.weight, first.bias, last.weight, last.bias)
+    return ActionWeights(
+        first.weight, _bias(first, "action_in"), last.weight, _bias(last, "action_out")
+    )
 
 
 def _input_scales(matrices: list[tuple[Matrix, ...]]) -> Tensor:
@@ -149,6 +148,12 @@ def _weight_scales(matrices: list[tuple[Matrix, ...]]) -> Tensor:
     """fp32 (depth, 4): what is left of alpha without the input's scale."""
     rows = [[_alpha(one)[0] / _scale(one)[0] for one in layer] for layer in matrices]
     return torch.stack([torch.cat(row) for row in rows])
+
+
+def _bias(matrix: Matrix, name: str) -> Tensor:
+    if matrix.bias is None:
+        raise ValueError(f"{name} must have a bias")
+    return matrix.bias
 
 
 def _scale(matrix: Matrix) -> Tensor:

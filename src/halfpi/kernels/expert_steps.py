@@ -33,7 +33,7 @@ from halfpi.kernels.expert_stream import (
     ExpertLayer,
     pack,
 )
-from halfpi.kernels.spec import FP8, check
+from halfpi.kernels.spec import CLUSTERS, FP8, check
 
 NORM_EPS = 1e-6
 SITES = ("qkv", "out", "gate_up", "down")
@@ -44,8 +44,7 @@ _THREADS = 384
 _SHARED_BYTES = 232_448
 _COUNTERS = 3 * 32  # words, before those of layers (cuda/exchange.cuh)
 _MULTIPROCESSORS = 132
-_CLUSTERS = 15  # of eight blocks, which run at a time on so many
-_ROW_BLOCKS = _CLUSTERS * PEERS - BLOCKS
+_ROW_BLOCKS = CLUSTERS[PEERS] * PEERS - BLOCKS
 
 
 @dataclass(frozen=True)

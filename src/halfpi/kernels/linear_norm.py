@@ -19,9 +19,8 @@ from halfpi.kernels.cuda_source import is_available
 from halfpi.kernels.hopper_linear import ALIGNED_BYTES, COLUMNS, GROUP_ROWS, LINE_BYTES
 from halfpi.kernels.launches import FAST_SUM, FEW_ROWS
 from halfpi.kernels.layer_norm import layer_norm_reference
-from halfpi.kernels.mqa import CLUSTERS
 from halfpi.kernels.rms_norm import NORM_EPS
-from halfpi.kernels.spec import FP8, Device, check
+from halfpi.kernels.spec import CLUSTERS, FP8, Device, check
 
 _PEERS, _WARPS = 8, 4  # blocks of a cluster; warps of a block that multiply
 _WIDEST = 208  # columns of a block, whose registers hold them

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from halfpi.kernels.cuda_launch import load_once, tensor_map
-from halfpi.kernels.spec import FP8, Case
+from halfpi.kernels.spec import CLUSTERS, FP8, Case
 
 HEAD_DIM = 256
 _LINE = 64  # dimensions of a copy
@@ -44,9 +44,6 @@ KERNELS = {
     "mqa_decode": _Kernel(rows=64, tile=128, peers=(8,), threads=256, shared_bytes=187_392),
     "mqa_prefill": _Kernel(rows=128, tile=64, peers=(3, 2), threads=384, shared_bytes=230_528),
 }
-# Blocks of a cluster → how many clusters are taken to run at a time on 132 multiprocessors. None
-# spans two GPCs, so some multiprocessors are left over.
-CLUSTERS = {8: 15, 3: 40}
 
 
 def kernel_for(case: Case) -> str | None:

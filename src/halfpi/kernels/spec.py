@@ -57,6 +57,11 @@ class Launch:
         return {**options, "launch_pdl": True} if self.pdl else options
 
 
+# Blocks of a cluster → how many clusters are taken to run at a time on 132 multiprocessors. None
+# spans two GPCs, so some multiprocessors are left over.
+CLUSTERS = {8: 15, 3: 40}
+
+
 @dataclass(frozen=True)
 class Device:
     """What launches depend on.

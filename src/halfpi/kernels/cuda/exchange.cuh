@@ -81,10 +81,7 @@ __device__ __forceinline__ void await(u32* counter, u32 arrivals) {
   Watchdog watchdog;
   u32 now;
   do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                 : "=r"(now)
-                 : "l"(counter)
-                 : "memory");
+    now = load_acquire(counter);
     watchdog.check();
   } while (now < arrivals);
   fence_copies();
@@ -96,7 +93,7 @@ __device__ __forceinline__ void meet(u32* counter) {
   __threadfence();
   u32 target = (atomicAdd(counter, 1) / gridDim.x + 1) * gridDim.x, now;
   do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    now = load_acquire(counter);
     watchdog.check();
   } while (static_cast<int>(now - target) < 0);
 }

@@ -299,10 +299,32 @@ __device__ __forceinline__ void store_relaxed(void* to, Word v) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(v.whole()) : "memory");
 }
 
+// Behind all that this thread knows to be written.
+__device__ __forceinline__ void store_release(void* to, u32 v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+
+// Ahead of all that this thread loads afterwards.
+__device__ __forceinline__ u32 load_acquire(const void* from) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ Word load_word(const void* from) {
   u64 v;
   asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
   return Word::of(v);
+}
+
+// Two that are neighbours, each as a whole.
+__device__ __forceinline__ void load_words(Word (&words)[2], const void* from) {
+  u64 first, second;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+               : "=l"(first), "=l"(second)
+               : "l"(from)
+               : "memory");
+  words[0] = Word::of(first), words[1] = Word::of(second);
 }
 
 // Again, into the same registers, unless `loaded`. The compiler would load into others, and wait for

@@ -27,11 +27,7 @@ struct OperandRing {
                                                  int group = 0) const {
     const Swizzled rows(x(at.slot) + group * 64 * LINE), columns(weights(at.slot));
     wait(full(at.slot), at.parity);
-    settle(sums);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < LINE; k += 32) Format::mma(sums, rows.at(k), columns.at(k));
-    wgmma_commit();
+    begin_line<Format>(sums, rows, columns);
   }
 };
 

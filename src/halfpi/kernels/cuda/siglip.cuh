@@ -14,17 +14,6 @@ constexpr float LOGIT_SCALE = 0.117851130f * 1.44269504f;  // 1/√k · log2 e
 constexpr int MOST = 64, REST = 16, MOST_BYTES = TOKENS * MOST * 2;
 constexpr int OPERAND_BYTES = MOST_BYTES + TOKENS * REST * 2;
 
-struct Operand {
-  u32 at, barrier;
-
-  __device__ __forceinline__ void copy(const TensorMap& most, const TensorMap& rest, int column,
-                                       int row) const {
-    mbarrier_expect(barrier, OPERAND_BYTES);
-    tensor_copy(at, most, column, row, barrier);
-    tensor_copy(at + MOST_BYTES, rest, column + MOST, row, barrier);
-  }
-};
-
 // Of 64 queries. A thread has two rows, the second eight further on.
 struct Softmax {
   float most[MOST / 2] = {}, rest[REST / 2] = {}, total[2] = {}, base[2] = {-infinity(), -infinity()};

@@ -14,6 +14,17 @@ constexpr int STAGED = QUERIES + (CHUNKS + 1) * QUERY_CHUNK, BIAS = STAGED + ROW
 constexpr int BARRIERS = BIAS + HEAD * 4;
 static_assert(BARRIERS + 16 <= SHARED_BYTES, "the launcher allocates what the kernel uses");
 
+struct Operand {
+  u32 at, barrier;
+
+  __device__ __forceinline__ void copy(const TensorMap& most, const TensorMap& rest, int column,
+                                       int row) const {
+    mbarrier_expect(barrier, OPERAND_BYTES);
+    tensor_copy(at, most, column, row, barrier);
+    tensor_copy(at + MOST_BYTES, rest, column + MOST, row, barrier);
+  }
+};
+
 __device__ __forceinline__ u32 biased(u32 word, float low, float high) {
   return pack_bf16(low_bf16(word) + low, high_bf16(word) + high);
 }

@@ -102,13 +102,7 @@ struct Block {
   }
 };
 
-// By a warp, of flags, a lane's each.
-__device__ __forceinline__ u32 look(const u32* flag) {
-  u32 told;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(told) : "l"(flag) : "memory");
-  return told;
-}
-// Between two looks, which take from others what they need to go on.
+// Between two looks at flags, which take from others what they need to go on.
 constexpr int NAP = 100;  // ns
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the threads of a block of siglip_layers.cu that multiply do again and again: products of what the rings
-// have, and rows on their way to other blocks.
+// What the threads of a block of siglip_layers.cu that multiply do again and again: products of what the
+// rings have, and rows on their way to other blocks.
 #pragma once
 #include "siglip_service.cuh"
 
@@ -57,16 +57,12 @@ struct Group {
 
   // sums += a line of rows times a line of STEP units of weights, once they are there.
   template <class Format, int STEP, int N>
-  __device__ __forceinline__ void begin_line(float (&sums)[N]) const {
+  __device__ __forceinline__ void begin_products(float (&sums)[N]) const {
     const Swizzled rows(b.shared + X + x_at.slot * X_LINE), columns(b.shared + WEIGHTS + at.slot * UNIT);
     wait(b.line_full(x_at.slot), x_at.parity);
 #pragma unroll
     for (int i = 0; i < STEP; ++i) wait(b.unit_full(at.slot + i), at.parity);
-    settle(sums);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < LINE; k += 32) Format::mma(sums, rows.at(k), columns.at(k));
-    wgmma_commit();
+    begin_line<Format>(sums, rows, columns);
   }
   // Of a line whose products are done. Rows that are multiplied again stay.
   template <int STEP, bool STAY>
@@ -82,7 +78,7 @@ struct Group {
     clear(sums);
 #pragma unroll 1
     for (int line = 0; line < LINES; ++line) {
-      begin_line<Format, STEP>(sums);
+      begin_products<Format, STEP>(sums);
       wgmma_wait<1>();
       if (line > 0) release<STEP, STAY>(x_before, before);
       x_before = x_at.slot, before = at.slot;

@@ -103,14 +103,6 @@ struct Residual : Group {
     v += __shfl_xor_sync(~0u, v, 8);
     return v + __shfl_xor_sync(~0u, v, 16);
   }
-  __device__ static __forceinline__ void load_words(Word (&words)[2], const Word* from) {
-    u64 first, second;
-    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
-                 : "=l"(first), "=l"(second)
-                 : "l"(from)
-                 : "memory");
-    words[0] = Word::of(first), words[1] = Word::of(second);
-  }
 
   // The residual, normed, to the team.
   __device__ __forceinline__ void norm(bool mlp) {

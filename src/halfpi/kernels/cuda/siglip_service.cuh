@@ -67,7 +67,7 @@ struct RowFiller {
                                        int last) {
     const u32* const flag = b.flags(kind) + b.lane % HEADS;
     Watchdog watchdog;
-    while (!__all_sync(~0u, look(flag) == number)) {
+    while (!__all_sync(~0u, load_acquire(flag) == number)) {
       nap<NAP>();
       watchdog.check();
     }
@@ -100,7 +100,7 @@ struct RowFiller {
     const u32* const flag = b.key_flags(layer) + (b.team() + b.lane) % TEAMS;
     Watchdog watchdog;
     for (u32 brought = 0;; nap<NAP>()) {
-      u32 told = __ballot_sync(~0u, look(flag) == layer + 1) % (1 << TEAMS) & ~brought;
+      u32 told = __ballot_sync(~0u, load_acquire(flag) == layer + 1) % (1 << TEAMS) & ~brought;
       brought |= told;
       if (told) {
         fence_copies();
@@ -148,7 +148,7 @@ struct Teller {
 
   __device__ __forceinline__ void tell(u32* flag, u32 number) {
     named_barrier(MEETING + meetings++ % 2, MEETING_THREADS);
-    if (b.lane == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+    if (b.lane == 0) store_release(flag, number);
   }
   __device__ __forceinline__ void tell(Kind kind, u32 number) { tell(b.flags(kind) + b.share, number); }
   __device__ __forceinline__ void tell_all() {

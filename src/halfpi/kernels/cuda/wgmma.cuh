@@ -167,6 +167,16 @@ struct E4m3 {
 };
 #undef E4M3
 
+// Begins sums += a line of 128 bytes of K of rows times one of columns.
+template <class Format, int N>
+__device__ __forceinline__ void begin_line(float (&sums)[N], const Swizzled& rows, const Swizzled& columns) {
+  settle(sums);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 128; k += 32) Format::mma(sums, rows.at(k), columns.at(k));
+  wgmma_commit();
+}
+
 #undef SUM4
 #undef SUM8
 #undef SUMS_4
