@@ -247,6 +247,21 @@ def test_error_rule_and_equal_bits(images: int, depth: int) -> None:
 
 @pytest.mark.gpu
 @needs_hopper
+def test_gelu_of_more_than_half_precision_holds() -> None:
+    problem = Problem(DEPTH, 1)
+    problem.stored.fc1_bias[:, ::7] = -1e6
+    without, with_ = problem.start.clone(), problem.start.clone()
+    SiglipLayers(problem.stored, 1, CUDA)(with_)
+    problem.stored.fc2.view(torch.uint8)[:, :, ::7] = 0
+    SiglipLayers(problem.stored, 1, CUDA)(without)
+    assert torch.equal(with_, without)
+    problem.stored.fc1_bias[:, ::7] = 1e6
+    SiglipLayers(problem.stored, 1, CUDA)(with_)
+    assert with_.isfinite().all()
+
+
+@pytest.mark.gpu
+@needs_hopper
 def test_launches_of_other_images_and_replays_have_the_same_bits() -> None:
     """What a launch leaves in flags and buffers is never taken for new."""
     problem = Problem(DEPTH, 2)

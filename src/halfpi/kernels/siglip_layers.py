@@ -46,6 +46,7 @@ _ROWS, _THREADS = 64, 256  # of a block
 _FIRST = 2 * HEAD_DIM
 # A flag's number tells launches and layers apart, and marks of statistics have five bits.
 _FEWEST_LAYERS, _MOST_LAYERS = 4, 31
+_FLAG_LINE = 32  # words
 _SHARED_BYTES = 227_072
 
 
@@ -196,8 +197,9 @@ class SiglipLayers:
         }
         # Blocks tell by these what is new (cuda/siglip_block.cuh).
         self._statistics = torch.zeros(2 * rows * HEADS, dtype=torch.int64, device=device)
-        flags = _blocks(images) * (4 + 2)  # of four kinds of rows, and of two buffers of keys
-        self._flags = torch.zeros(flags, dtype=torch.int32, device=device)
+        # Of four kinds of rows of 64, and of two places of keys and values of each head.
+        lines = images * (4 * TOKENS // _ROWS + 2 * 2 * HEADS)
+        self._flags = torch.zeros(lines, _FLAG_LINE, dtype=torch.int32, device=device)
         self._constants = block_constants(weights)
         maps = [(getattr(weights, name).flatten(0, 1), HEAD_DIM, LINE_BYTES) for name in _SHAPES]
         maps += [(self._buffers[name], _ROWS, LINE_BYTES) for name in ("normed", "mixed", "hidden")]

@@ -64,6 +64,12 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
   Watchdog watchdog;
   while (!mbarrier_passed(barrier, parity)) watchdog.check();
 }
+// By a whole warp. The compiler sees that its threads go on as one, as it must for products whose operands are
+// in registers.
+__device__ __forceinline__ void wait_together(u32 barrier, u32 parity) {
+  Watchdog watchdog;
+  while (!__all_sync(~0u, mbarrier_passed(barrier, parity))) watchdog.check();
+}
 
 // A place in a ring, and of its barriers the phase to wait for. The first turn of who fills the ring
 // does not wait: that begins with the parity of the turn before.
@@ -75,6 +81,8 @@ struct RingCursor {
   __device__ __forceinline__ void advance() {
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
+  // Of the next turn of any slot.
+  __device__ __forceinline__ u32 parity_of(int which) const { return parity ^ (which < slot); }
   __device__ __forceinline__ void advance(int units) {  // at most SLOTS
     slot += units;
     if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
@@ -498,6 +506,29 @@ __device__ __forceinline__ float tanh_fast(float x) {
 // GELU(x) · y, where `half` is ½xy: half · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
 __device__ __forceinline__ float gelu_product(float x, float half) {
   return fmaf(half, tanh_fast(x * fmaf(0.0356774081f * x, x, 0.7978845608f)), half);
+}
+
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+  u32 v;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+// GELU of both times `factors`, f16 twice. Beside E4M3's, half precision's error is small.
+__device__ __forceinline__ unsigned short gelu_e4m3(float even, float odd, u32 factors) {
+  unsigned short v;
+  asm("{.reg .b32 x, y, half;\n"
+      "mul.rn.f16x2 y, %1, %1;\n"
+      "fma.rn.f16x2 y, y, %2, %3;\n"
+      "mul.rn.f16x2 y, y, %1;\n"
+      "tanh.approx.f16x2 y, y;\n"
+      "mul.rn.f16x2 half, %1, %4;\n"
+      "fma.rn.f16x2 y, half, y, half;\n"
+      "mul.rn.f16x2 y, y, %5;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 %0, y;}"
+      : "=h"(v)
+      : "r"(pack_f16(even, odd)), "r"(pack_f16(0.0356774081f, 0.0356774081f)),
+        "r"(pack_f16(0.7978845608f, 0.7978845608f)), "r"(pack_f16(0.5f, 0.5f)), "r"(factors));
+  return v;
 }
 
 template <bool B, typename T, typename F>

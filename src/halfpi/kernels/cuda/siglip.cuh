@@ -16,28 +16,27 @@ constexpr int OPERAND_BYTES = MOST_BYTES + TOKENS * REST * 2;
 
 // Of 64 queries. A thread has two rows, the second eight further on.
 struct Softmax {
-  float most[MOST / 2] = {}, rest[REST / 2] = {}, total[2] = {}, base[2] = {-infinity(), -infinity()};
+  float most[MOST / 2] = {}, rest[REST / 2] = {}, total[2] = {};
 
-  // Of COUNT keys, from the `first` on: all, or part after part.
-  template <int COUNT>
-  __device__ __forceinline__ void add(const float (&logits)[COUNT / 2], u32 values, int first = 0) {
-    constexpr int STEP = 64;  // keys, whose weights are made while those before are multiplied
-    float highest[2] = {base[0], base[1]};
+  // Weights of STEP keys are made while those before are multiplied with values. await_values: waits until
+  // those are there.
+  template <int STEP, class Await>
+  __device__ __forceinline__ void add(const float (&logits)[TOKENS / 2], u32 values,
+                                      const Await& await_values) {
+    float highest[2] = {-infinity(), -infinity()};
 #pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], logits[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) highest[i] = over_quad(highest[i], true);
-    if (COUNT < TOKENS) rebase(highest);
-    base[0] = highest[0], base[1] = highest[1];
-    const float scaled[2] = {base[0] * LOGIT_SCALE, base[1] * LOGIT_SCALE};
-    const SwizzledLines<2 * MOST> most_values(values + first * 2 * MOST);
-    const SwizzledLines<2 * REST> rest_values(values + MOST_BYTES + first * 2 * REST);
-    u32 weights[COUNT / 4];
+    for (int i = 0; i < TOKENS / 2; ++i) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], logits[i]);
+    const float base[2] = {over_quad(highest[0], true) * LOGIT_SCALE,
+                           over_quad(highest[1], true) * LOGIT_SCALE};
+    const SwizzledLines<2 * MOST> most_values(values);
+    const SwizzledLines<2 * REST> rest_values(values + MOST_BYTES);
+    u32 weights[TOKENS / 4];
     settle(most);
     settle(rest);
 #pragma unroll
-    for (int key = 0; key < COUNT; key += STEP) {
-      make_weights<STEP / 2>(logits + key / 2, LOGIT_SCALE, scaled, weights + key / 4, total);
+    for (int key = 0; key < TOKENS; key += STEP) {
+      make_weights<STEP / 2>(logits + key / 2, LOGIT_SCALE, base, weights + key / 4, total);
+      if (key == 0) await_values();
       wgmma_fence();
 #pragma unroll
       for (int k = key; k < key + STEP; k += 16) {
@@ -50,16 +49,6 @@ struct Softmax {
     settle(most);
     settle(rest);
     keep(weights);
-  }
-  // What there is, for logits of which the highest is another.
-  __device__ __forceinline__ void rebase(const float (&highest)[2]) {
-    const float factors[2] = {exp2_fast((base[0] - highest[0]) * LOGIT_SCALE),
-                              exp2_fast((base[1] - highest[1]) * LOGIT_SCALE)};
-#pragma unroll
-    for (int i = 0; i < MOST / 2; ++i) most[i] *= factors[i / 2 % 2];
-#pragma unroll
-    for (int i = 0; i < REST / 2; ++i) rest[i] *= factors[i / 2 % 2];
-    total[0] *= factors[0], total[1] *= factors[1];
   }
 
   // As rows of HEAD numbers.

@@ -132,12 +132,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) siglip_attention(
   wait(keys.barrier, 0);
   float logits[TOKENS / 2] = {};
   multiply(logits, shared + QUERIES + group * 64 * 16, keys.at);
-  wait(values.barrier, 0);
   wgmma_wait<0>();
   settle(logits);
 
   Softmax softmax;
-  softmax.add<TOKENS>(logits, values.at);
+  softmax.add<64>(logits, values.at, [&] { wait_together(values.barrier, 0); });
   const int staged = STAGED + group * 64 * HEAD * BYTES;
   softmax.store<FP8>(shared + staged, inverse_scale);
   named_barrier(1 + group, 128);

@@ -25,10 +25,11 @@ constexpr int FIRST = 2 * HEAD, LAST = HIDDEN / HEADS - FIRST, LAST_BEGIN = HEAD
 constexpr int LINE = 128, X_LINE = ROWS * LINE, X_LINES = 10, UNIT = HEAD * LINE, UNITS = 14;
 constexpr int NORMED_LINES = WIDTH / LINE, MIXED_LINES = 2 * WIDTH / LINE;
 constexpr int FIRST_LINES = LAST_BEGIN / LINE, HIDDEN_LINES = HIDDEN / LINE;
-// Of a line, units that are multiplied together lie side by side, for which one is left out before fc1.
+// Of a line, units that are multiplied together lie side by side, for which one is left out behind the keys'.
 constexpr int PAIR = 2, LEFT_OUT = 1;
-constexpr int BEFORE_FC1 = 3 * NORMED_LINES + MIXED_LINES + LEFT_OUT;
-static_assert(UNITS % PAIR == 0 && BEFORE_FC1 % PAIR == 0 && HIDDEN_LINES % PAIR == 0, "pairs do not wrap");
+static_assert(UNITS % PAIR == 0 && (NORMED_LINES + LEFT_OUT) % PAIR == 0 && MIXED_LINES % PAIR == 0 &&
+                  HIDDEN_LINES % PAIR == 0,
+              "pairs do not wrap");
 static_assert(X_LINES >= NORMED_LINES, "normed rows are multiplied twice");
 
 // Constants of a layer and a block, fp32: vectors for its columns, and numbers.
@@ -39,11 +40,12 @@ constexpr int CONSTANT_BYTES = CONSTANTS * 4;
 
 constexpr int PITCH = 2 * HEAD;  // bytes of a row that is staged
 constexpr int WEIGHTS = 0, X = WEIGHTS + UNITS * UNIT, STAGED = X + X_LINES * X_LINE;
-constexpr int KEYS = X, VALUES = KEYS + OPERAND_BYTES;  // where rows are, which attention does not need
 constexpr int CONSTANTS_AT = STAGED + ROWS * PITCH, BARRIERS = CONSTANTS_AT + 2 * CONSTANT_BYTES;
 constexpr int OTHERS = 2 * UNITS + 2 * X_LINES, BARRIER_COUNT = OTHERS + 6;
 static_assert(BARRIERS + 8 * BARRIER_COUNT <= SHARED_BYTES, "the launcher allocates what is used");
-static_assert(VALUES + OPERAND_BYTES <= STAGED, "keys and values have room");
+// Where rows were, which attention does not need, are keys and then values.
+constexpr int OPERAND_LINES = X_LINES / 2;
+static_assert(OPERAND_LINES * X_LINE == OPERAND_BYTES, "keys and values take whole lines");
 static_assert(X % 1024 == 0 && CONSTANT_BYTES % 16 == 0 && BARRIERS % 8 == 0, "alignment");
 
 struct Arguments {
@@ -58,6 +60,9 @@ struct Arguments {
 
 // Rows that a team's blocks tell each other of.
 enum Kind { NORMED, MIXED, HIDDEN_FIRST, HIDDEN_LAST, KINDS };
+// Words from the flags that some blocks wait for to those that others do: a line of the L2, else they are in
+// each other's way.
+constexpr int FLAG_LINE = 32;
 
 struct Block {
   char* memory;
@@ -74,14 +79,14 @@ struct Block {
   // There is room for two layers.
   __device__ __forceinline__ u32 constants_full(int layer) const { return barrier(OTHERS + layer % 2); }
   __device__ __forceinline__ u32 constants_empty(int layer) const { return barrier(OTHERS + 2 + layer % 2); }
-  // Of keys and values of half of the teams.
-  __device__ __forceinline__ u32 keys_full(int half) const { return barrier(OTHERS + 4 + half); }
+  // Of all keys of the image, or all values.
+  __device__ __forceinline__ u32 operand_full(int values) const { return barrier(OTHERS + 4 + values); }
 
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < UNITS; ++i) mbarrier_init(unit_full(i), 1), mbarrier_init(unit_empty(i), WARPS);
     for (int i = 0; i < X_LINES; ++i) mbarrier_init(line_full(i), 1), mbarrier_init(line_empty(i), WARPS);
     for (int i = 0; i < 2; ++i) mbarrier_init(constants_full(i), 1), mbarrier_init(constants_empty(i), WARPS);
-    for (int i = 0; i < 2; ++i) mbarrier_init(keys_full(i), 1);
+    for (int i = 0; i < 2; ++i) mbarrier_init(operand_full(i), 1);
     mbarriers_ready();
   }
 
@@ -90,15 +95,16 @@ struct Block {
   __device__ __forceinline__ int team() const { return row / ROWS % TEAMS; }
   // Flags of the team's blocks.
   __device__ __forceinline__ u32* flags(Kind kind) const {
-    return a.flags + (kind * a.images * TEAMS + row / ROWS) * HEADS;
+    return a.flags + (kind * a.images * TEAMS + row / ROWS) * FLAG_LINE;
   }
-  // Flags of the blocks with this head of this image. Keys and values have two buffers in turn.
-  __device__ __forceinline__ u32* key_flags(int layer) const {
-    return a.flags + (KINDS * a.images * HEADS + (layer % 2 * a.images + image()) * HEADS + share) * TEAMS;
+  // Keys and values of this head and image have two places in turn.
+  __device__ __forceinline__ int operand(int layer, int values) const {
+    return ((layer % 2 * a.images + image()) * HEADS + share) * 2 + values;
   }
-  // Where this image's keys or values are, of this head, as rows of HEAD numbers.
-  __device__ __forceinline__ int key_row(int layer, int values) const {
-    return (((layer % 2 * a.images + image()) * HEADS + share) * 2 + values) * TOKENS;
+  __device__ __forceinline__ u32 operand_at(int values) const { return shared + X + values * OPERAND_BYTES; }
+  // Flags of the blocks with this head and image.
+  __device__ __forceinline__ u32* operand_flags(int layer, int values) const {
+    return a.flags + (KINDS * a.images * TEAMS + operand(layer, values)) * FLAG_LINE;
   }
 };
 

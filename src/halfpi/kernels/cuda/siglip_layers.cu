@@ -6,53 +6,51 @@ namespace {
 struct Layers : Residual {
   using Residual::Residual;
 
-  // Keys and values go to the image's other blocks, and meanwhile weights come for the queries, which stay
-  // here, as operands.
+  // Keys go to the image's other blocks while values and queries are multiplied, and values while the keys
+  // are weighed. The queries stay here, as operands.
   __device__ __forceinline__ void project(u32 (&queries)[20]) {
-    float pairs[HEAD], sums[HEAD / 2];
-    multiply<E4m3, NORMED_LINES, PAIR, true>(pairs);
+    float keys[HEAD / 2], pairs[HEAD];
     const float alpha = number(QKV_ALPHA);
-    const u32 to = staged(4);
-#pragma unroll
-    for (int values = 0; values < 2; ++values) {
-      const float* own = pairs + values * (HEAD / 2);
-      each([&](int chunk, int second, int i) {
-        store_shared(to + second * 8 * PITCH + chunk * 16, pack_bf16(own[i] * alpha, own[i + 1] * alpha));
-      });
-      const int first = b.key_row(layer, values) + warp_row() % TOKENS;
-      copy_out<uint4, HEAD / 8>(b.a.keys + first * long(PITCH), PITCH);
-    }
-    meet();
-    multiply<E4m3, NORMED_LINES>(sums);
+    multiply<E4m3, NORMED_LINES, 1, true>(keys);
+    hand_out(keys, alpha, 0);
+    leave_out();
+    multiply<E4m3, NORMED_LINES, PAIR>(pairs);
+    hand_out(pairs, alpha, 1);
     each([&](int chunk, int, int i) {
       const float2 bias = vector(QUERY_BIAS, chunk);
-      queries[i / 2] = pack_bf16(fmaf(sums[i], alpha, bias.x), fmaf(sums[i + 1], alpha, bias.y));
+      const float* own = pairs + HEAD / 2 + i;
+      queries[i / 2] = pack_bf16(fmaf(own[0], alpha, bias.x), fmaf(own[1], alpha, bias.y));
     });
     queries[18] = queries[19] = 0;
   }
+  // Keys or values.
+  __device__ __forceinline__ void hand_out(const float* sums, float alpha, int values) {
+    const u32 to = staged(4);
+    each([&](int chunk, int second, int i) {
+      store_shared(to + second * 8 * PITCH + chunk * 16, pack_bf16(sums[i] * alpha, sums[i + 1] * alpha));
+    });
+    const int first = b.operand(layer, values) * TOKENS + warp_row() % TOKENS;
+    copy_out<uint4, HEAD / 8>(b.a.keys + first * long(PITCH), PITCH);
+    meet();
+  }
   __device__ __forceinline__ void attend(const u32 (&queries)[20]) {
-    constexpr int PART = TOKENS / 2;  // keys, for whose logits a thread has registers
-    const u32 keys = b.shared + KEYS, values = b.shared + VALUES;
-    Softmax softmax;
-#pragma unroll 1
-    for (int first = 0; first < TOKENS; first += PART) {
-      const SwizzledLines<2 * MOST> most(keys + first * 2 * MOST);
-      const SwizzledLines<2 * REST> rest(keys + MOST_BYTES + first * 2 * REST);
-      float logits[PART / 2];
-      clear(logits);
-      wait(b.keys_full(first / PART), layer % 2);
-      settle(logits);
-      wgmma_fence();
+    const SwizzledLines<2 * MOST> most(b.operand_at(0));
+    const SwizzledLines<2 * REST> rest(b.operand_at(0) + MOST_BYTES);
+    float logits[TOKENS / 2];
+    clear(logits);
+    wait_together(b.operand_full(0), layer % 2);
+    settle(logits);
+    wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < MOST; k += 16) Bf16::mma(logits, queries + k / 4, most.at(k * 2));
-      Bf16::mma(logits, queries + MOST / 4, rest.at(0));
-      wgmma_commit();
-      wgmma_wait<0>();
-      settle(logits);
-      keep(queries);
-      softmax.add<PART>(logits, values, first);
-    }
-    softmax.template store<false>(b.shared + STAGED, 1.0f);
+    for (int k = 0; k < MOST; k += 16) Bf16::mma(logits, queries + k / 4, most.at(k * 2));
+    Bf16::mma(logits, queries + MOST / 4, rest.at(0));
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(logits);
+    keep(queries);
+    Softmax softmax;
+    softmax.add<TOKENS / 2>(logits, b.operand_at(1), [&] { wait_together(b.operand_full(1), layer % 2); });
+    softmax.store<false>(b.shared + STAGED, 1.0f);
     copy_out<uint4, HEAD / 8>(b.a.mixed_rows + (long(warp_row()) * WIDTH + b.share * HEAD) * 2, 2 * WIDTH);
     meet();
   }
@@ -78,7 +76,7 @@ struct Layers : Residual {
     constexpr int BATCH = N % 16 ? 12 : 16;  // sums, whose chains of instructions run side by side
     static_assert(N % BATCH == 0, "batches are whole");
     const float alpha = number(FC1_ALPHA), factor = number(HIDDEN_FACTOR);
-    const u32 to = staged(2);
+    const u32 factors = pack_f16(factor, factor), to = staged(2);
 #pragma unroll
     for (int begin = 0; begin < N; begin += BATCH) {
       not_earlier();
@@ -90,8 +88,7 @@ struct Layers : Residual {
       for (int i = 0; i < BATCH; i += 2) {
         const float even = fmaf(sums[begin + i], alpha, bias[i / 4].x);
         const float odd = fmaf(sums[begin + i + 1], alpha, bias[i / 4].y);
-        out[i / 2] = pack_e4m3(gelu_product(even, 0.5f * even) * factor,
-                               gelu_product(odd, 0.5f * odd) * factor);
+        out[i / 2] = gelu_e4m3(even, odd, factors);
       }
 #pragma unroll
       for (int i = 0; i < BATCH; i += 2) {
@@ -110,7 +107,6 @@ struct Layers : Residual {
       norm(mlp);
       float sums[HEAD / 2];
       if (mlp) {
-        leave_out();
         widen();
         multiply<E4m3, HIDDEN_LINES>(sums);
       } else {

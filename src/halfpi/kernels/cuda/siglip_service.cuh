@@ -32,17 +32,17 @@ struct WeightFiller {
 #pragma unroll 1
     for (int layer = 0; layer < DEPTH; ++layer) {
       bring_constants(layer);
-      const int row = layer * WIDTH + b.share * HEAD, qkv = 3 * layer * WIDTH + b.share * HEAD;
+      const int row = layer * WIDTH + b.share * HEAD, query = 3 * layer * WIDTH + b.share * HEAD;
+#pragma unroll 1
+      for (int line = 0; line < NORMED_LINES; ++line) bring(a.qkv, line, LINE, query + WIDTH);
+      leave_out();
 #pragma unroll 1
       for (int line = 0; line < NORMED_LINES; ++line) {
-        bring(a.qkv, line, LINE, qkv + WIDTH);
-        bring(a.qkv, line, LINE, qkv + 2 * WIDTH);
+        bring(a.qkv, line, LINE, query + 2 * WIDTH);
+        bring(a.qkv, line, LINE, query);
       }
 #pragma unroll 1
-      for (int line = 0; line < NORMED_LINES; ++line) bring(a.qkv, line, LINE, qkv);
-#pragma unroll 1
       for (int line = 0; line < MIXED_LINES; ++line) bring(a.out, line, LINE / 2, row);
-      leave_out();
 #pragma unroll 1
       for (int part = 0; part < 2; ++part) {
         const int first = layer * HIDDEN + (part ? LAST_BEGIN + b.share * LAST : b.share * FIRST);
@@ -85,19 +85,16 @@ struct RowFiller {
     at.skip(last - first);
     __syncwarp();
   }
-  // In place of rows, all of which have been read: those of each team as soon as it has told of them, the
-  // block's own first.
-  __device__ __forceinline__ void fill_keys(int layer) const {
-    RingCursor<X_LINES> to = at;
+  // Keys or values of the image, in place of rows that have been read: those of each team as soon as it has
+  // told of them.
+  __device__ __forceinline__ void fill_operand(int layer, int values) const {
+    if (elected()) mbarrier_expect(b.operand_full(values), OPERAND_BYTES);
 #pragma unroll 1
-    for (int i = 0; i < X_LINES; ++i) {
-      wait(b.line_empty(to.slot), to.parity);
-      to.advance();
+    for (int i = 0; i < OPERAND_LINES; ++i) {
+      const int slot = values * OPERAND_LINES + i;
+      wait(b.line_empty(slot), at.parity_of(slot));
     }
-    if (elected()) {
-      for (int half = 0; half < 2; ++half) mbarrier_expect(b.keys_full(half), OPERAND_BYTES);
-    }
-    const u32* const flag = b.key_flags(layer) + (b.team() + b.lane) % TEAMS;
+    const u32* const flag = b.operand_flags(layer, values) + b.lane % TEAMS;
     Watchdog watchdog;
     for (u32 brought = 0;; nap<NAP>()) {
       u32 told = __ballot_sync(~0u, load_acquire(flag) == layer + 1) % (1 << TEAMS) & ~brought;
@@ -105,7 +102,7 @@ struct RowFiller {
       if (told) {
         fence_copies();
         if (elected()) {
-          for (; told; told &= told - 1) bring_keys(layer, __ffs(told) - 1);
+          for (; told; told &= told - 1) bring_operand(layer, values, __ffs(told) - 1);
         }
         __syncwarp();
         if (brought == (1 << TEAMS) - 1) return;
@@ -113,23 +110,19 @@ struct RowFiller {
       watchdog.check();
     }
   }
-  __device__ __forceinline__ void bring_keys(int layer, int place) const {
-    const int from = (b.team() + place) % TEAMS * ROWS, to = place * ROWS;
-    const u32 full = b.keys_full(place / (TEAMS / 2));
-#pragma unroll
-    for (int values = 0; values < 2; ++values) {
-      const int row = b.key_row(layer, values) + from;
-      const u32 operand = b.shared + (values ? VALUES : KEYS);
-      tensor_copy(operand + to * 2 * MOST, b.a.most, 0, row, full);
-      tensor_copy(operand + MOST_BYTES + to * 2 * REST, b.a.rest, MOST, row, full);
-    }
+  __device__ __forceinline__ void bring_operand(int layer, int values, int team) const {
+    const int first = team * ROWS, row = b.operand(layer, values) * TOKENS + first;
+    const u32 to = b.operand_at(values), full = b.operand_full(values);
+    tensor_copy(to + first * 2 * MOST, b.a.most, 0, row, full);
+    tensor_copy(to + MOST_BYTES + first * 2 * REST, b.a.rest, MOST, row, full);
   }
   __device__ __forceinline__ void fill() {
     const Arguments& a = b.a;
 #pragma unroll 1
     for (int layer = 0; layer < DEPTH; ++layer) {
       fill(NORMED, 2 * layer + 1, a.normed, LINE, 0, NORMED_LINES);
-      fill_keys(layer);
+      fill_operand(layer, 0);
+      fill_operand(layer, 1);
       fill(MIXED, layer + 1, a.mixed, LINE / 2, 0, MIXED_LINES);
       fill(NORMED, 2 * layer + 2, a.normed, LINE, 0, NORMED_LINES);
       fill(HIDDEN_FIRST, layer + 1, a.hidden, LINE, 0, FIRST_LINES);
@@ -155,7 +148,8 @@ struct Teller {
 #pragma unroll 1
     for (int layer = 0; layer < DEPTH; ++layer) {
       tell(NORMED, 2 * layer + 1);
-      tell(b.key_flags(layer) + b.team(), layer + 1);
+      tell(b.operand_flags(layer, 0) + b.team(), layer + 1);
+      tell(b.operand_flags(layer, 1) + b.team(), layer + 1);
       tell(MIXED, layer + 1);
       tell(NORMED, 2 * layer + 2);
       tell(HIDDEN_FIRST, layer + 1);

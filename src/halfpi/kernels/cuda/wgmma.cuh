@@ -153,7 +153,7 @@ struct Bf16 {
   PRODUCT(mma_both_transposed, 8, BF16, 4, 5, ", 1, 1")
   PRODUCT(mma_both_transposed, 16, BF16, 8, 9, ", 1, 1")
   // A in registers, as a product leaves it there.
-  PRODUCT_OF_REGISTERS(mma, 128, BF16, 64, 65, 66, 67, 68, ", 0")
+  PRODUCT_OF_REGISTERS(mma, 256, BF16, 128, 129, 130, 131, 132, ", 0")
   // And B transposed.
   PRODUCT_OF_REGISTERS(mma_transposed, 16, BF16, 8, 9, 10, 11, 12, ", 1")
   PRODUCT_OF_REGISTERS(mma_transposed, 64, BF16, 32, 33, 34, 35, 36, ", 1")
