@@ -134,9 +134,9 @@ class Policy:
 
     def _places(self, cameras: frozenset[str]) -> list[int]:
         known = self.processor.config.cameras
-        unknown = sorted(cameras.difference(known))
+        unknown = cameras.difference(known)
         if unknown:
-            raise ValueError(f"cannot keep camera {unknown[0]!r}: expected one of {known}")
+            raise ValueError(f"cannot keep camera {min(unknown)!r}: expected one of {known}")
         return [known.index(camera) for camera in cameras]
 
     def _check_guidance(self, guidance: Guidance) -> None:

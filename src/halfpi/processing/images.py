@@ -133,9 +133,10 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
 
 
 def _present(images: Mapping[str, object], cameras: Sequence[str]) -> list[str]:
-    unknown = sorted(set(images) - set(cameras))
+    unknown = images.keys() - cameras
     if unknown:
-        raise ValueError(f"unknown camera {', '.join(unknown)}: expected {', '.join(cameras)}")
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"unknown camera {names}: expected {', '.join(cameras)}")
     if not images:
         raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
     return [camera for camera in cameras if camera in images]
