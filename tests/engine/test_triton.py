@@ -57,10 +57,12 @@ def check_calls() -> None:
     config = EngineConfig("triton", "fp32", (1, 2), max_cameras=2, max_prompt_tokens=12)
     engine, eager = TritonEngine(model, config, CPU), EagerEngine(model)
     guidance = Guidance(noise(5), torch.linspace(1, 0, TINY.horizon))
+    traced = Guidance(noise(6).requires_grad_(), guidance.weights)
     calls: list[tuple[Any, dict[str, Any]]] = [
         (inputs_with([True, True], 7), {}),
         (inputs_with([False, True], 12, seed=1), {"given": noise(2)[:3]}),
         (inputs_with([True, False], 1, seed=2), {"guidance": guidance}),
+        (None, {"guidance": traced}),
         (inputs_with([True, True], 5, seed=4), {"kept": [0]}),
         (inputs_with([False, True], 5, seed=4), {"kept": [1]}),
         (inputs_with([True, True], 5, seed=6, uint8=True), {"kept": [1]}),

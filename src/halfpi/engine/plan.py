@@ -146,6 +146,6 @@ def _denoise_inputs(staging: Staging, result: Tensor) -> DenoiseInputs:
 def _fill_for_capture(staging: Staging, prefix_rows: int) -> None:
     """Counts that kernels can run with while they are compiled."""
     host = staging.host
-    host["prefix_count"][:] = prefix_rows
-    host["key_count"][:] = prefix_rows + len(host["actions"])
+    host["prefix_count"].fill_(prefix_rows)
+    host["key_count"].fill_(prefix_rows + host["actions"].shape[0])
     staging.upload()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from halfpi.engine.graphs import captured
@@ -32,8 +30,7 @@ class Field:
 class Staging:
     """`fields` in one stretch of memory on the host, pinned for a GPU, and again on the device.
 
-    host, device: by name, on the host as arrays, which Python writes sooner than tensors. upload:
-    copies all of it to the device, on the stream.
+    host, device: the tensors by name. upload: copies all of it to the device, on the stream.
     """
 
     def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
@@ -41,9 +38,7 @@ class Staging:
         on_gpu = device.type == "cuda"
         host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
         there = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host: Mapping[str, NDArray[Any]] = {
-            name: view.numpy() for name, view in _views(host, fields).items()
-        }
+        self.host = _views(host, fields)
         self.device = _views(there, fields)
 
         def upload() -> None:

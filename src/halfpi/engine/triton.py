@@ -105,7 +105,7 @@ class TritonEngine:
         self._set_actions(drawn(noise), num_steps, given, guidance)
         self.plan.staging.upload()
         if inputs is not None:
-            count = int(self.plan.staging.host["prefix_count"][0])
+            count = int(self.plan.staging.host["prefix_count"])
             self._replay("prefill_ms", self._prefill_graph(count))
             self._prefix_ready = True
         self._replay("denoise_ms", self.plan.denoise[num_steps])
@@ -204,27 +204,29 @@ class TritonEngine:
             raise
         host = self.plan.staging.host
         images = cameras * self.config.tokens_per_image
-        host["tokens"][: len(tokens)] = tokens
-        host["image_count"][:] = images
-        host["token_count"][:] = len(tokens)
-        host["prefix_count"][:] = images + len(tokens)
-        host["key_count"][:] = images + len(tokens) + self.config.horizon
+        host["tokens"].numpy()[: len(tokens)] = tokens
+        host["image_count"].fill_(images)
+        host["token_count"].fill_(len(tokens))
+        host["prefix_count"].fill_(images + len(tokens))
+        host["key_count"].fill_(images + len(tokens) + self.config.horizon)
 
+    @torch.inference_mode()
     def _set_actions(
         self, noise: Tensor, num_steps: int, given: Tensor | None, guidance: Guidance | None
     ) -> None:
         host = self.plan.staging.host
-        host["actions"][:] = noise.numpy()
+        host["actions"].copy_(noise)
         decided = 0 if given is None else len(given)
         if given is not None:
-            host["actions"][:decided] = given.numpy()
-        host["decided"][:] = decided
-        host["pull"][:] = 0
+            host["actions"][:decided] = given
+        host["decided"].fill_(decided)
+        host["pull"].zero_()
         if guidance is not None:
-            host["pull"][:] = guidance.weights.numpy()
+            host["pull"].copy_(guidance.weights)
             # Rows without weight may hold anything, and anything times zero must be zero.
-            host["target"][:] = guidance.target.nan_to_num(0.0, 0.0, 0.0).numpy()
-            host["gains"][:num_steps] = [guidance.gain(at) for at in schedule_times(num_steps)]
+            host["target"].copy_(guidance.target.nan_to_num(0.0, 0.0, 0.0))
+            gains = [guidance.gain(time) for time in schedule_times(num_steps)]
+            host["gains"][:num_steps] = torch.tensor(gains)
 
     def _encode(self, images: Tensor | Pictures, places: list[int], kept: Collection[int]) -> None:
         """Bring the image tokens of the cameras at `places` into the first blocks."""
