@@ -503,9 +503,11 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return y;
 }
 
+constexpr float GELU_LINEAR = 0.7978845608f, GELU_CUBIC = 0.0356774081f;  // √(2/π), and times 0.044715
+
 // GELU(x) · y, where `half` is ½xy: half · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
 __device__ __forceinline__ float gelu_product(float x, float half) {
-  return fmaf(half, tanh_fast(x * fmaf(0.0356774081f * x, x, 0.7978845608f)), half);
+  return fmaf(half, tanh_fast(x * fmaf(GELU_CUBIC * x, x, GELU_LINEAR)), half);
 }
 
 __device__ __forceinline__ u32 pack_f16(float low, float high) {
@@ -526,8 +528,8 @@ __device__ __forceinline__ unsigned short gelu_e4m3(float even, float odd, u32 f
       "mul.rn.f16x2 y, y, %5;\n"
       "cvt.rn.satfinite.e4m3x2.f16x2 %0, y;}"
       : "=h"(v)
-      : "r"(pack_f16(even, odd)), "r"(pack_f16(0.0356774081f, 0.0356774081f)),
-        "r"(pack_f16(0.7978845608f, 0.7978845608f)), "r"(pack_f16(0.5f, 0.5f)), "r"(factors));
+      : "r"(pack_f16(even, odd)), "r"(pack_f16(GELU_CUBIC, GELU_CUBIC)),
+        "r"(pack_f16(GELU_LINEAR, GELU_LINEAR)), "r"(pack_f16(0.5f, 0.5f)), "r"(factors));
   return v;
 }
 
