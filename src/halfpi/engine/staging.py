@@ -30,7 +30,7 @@ class Field:
 class Staging:
     """`fields` in one stretch of memory on the host, pinned for a GPU, and again on the device.
 
-    host, device: the tensors by name. upload: copies all of it to the device, on the stream.
+    host, device: the tensors by name.
     """
 
     def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
@@ -41,10 +41,27 @@ class Staging:
         self.host = _views(host, fields)
         self.device = _views(there, fields)
 
-        def upload() -> None:
+        def copy() -> None:
             there.copy_(host, non_blocking=True)
 
-        self.upload = captured(upload, device)
+        self._copy = captured(copy, device)
+        self._beside = _stream(device) if on_gpu else None
+
+    def upload(self) -> None:
+        """Copy all of it to the device, for what the current stream gets from here on.
+
+        That does not wait for what is under way there, which must not read these inputs.
+        """
+        if self._beside is None:
+            self._copy()
+            return
+        with torch.cuda.stream(self._beside):
+            self._copy()
+        torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _views(memory: Tensor, fields: Mapping[str, Field]) -> dict[str, Tensor]:

@@ -28,9 +28,14 @@ static_assert(KEY_TILE % 16 == 0 && KEY_TILE <= TILE, "products take sixteen key
 static_assert(FEW || KEY_TILE == TILE, "groups of many rows take 64 keys each");
 constexpr int QKV_BYTES = QKV_UNITS * QKV_UNIT;
 constexpr int LAYER_BYTES = QKV_BYTES + (OUT_UNITS + TURNS * WIDE_UNITS + DOWN_UNITS) * UNIT;
-constexpr int PIECES = 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
+// X of few rows in E4M3 is so small that it has room of its own. So it may be copied before it has come, and
+// nobody waits until it is read.
+constexpr bool X_APART = FEW && FP8;
+constexpr int PIECES = X_APART ? 2 : 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
 constexpr int HALF_A_TRIP = 250;  // in clocks, of a load from L2 at its fastest
+// Copies of the same that are under way at a time while it may not have come, and clocks that one takes.
+constexpr int X_FLIGHTS = X_APART ? 3 : 1, RECENT_FLIGHTS = FEW ? 3 : 2, A_COPY = 660;
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
 using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
@@ -43,10 +48,10 @@ constexpr int WARPS = 4 * GROUPS, STATISTIC = 64 * 4;
 constexpr int STATISTICS_BYTES = (FEW ? 3 * WARPS + 2 : 4 * GROUPS) * STATISTIC;
 constexpr int ROW_PARTS = FEW ? 32 : 64, ROW_PART_BYTES = ROW_PARTS * 8;  // of a block's keys
 
-// Shared memory. The area has X; then what groups give each other, what attention needs, or hidden
-// activations, those of each turn where a piece of X was. Peers push queries and hidden activations once
-// this block has told that it is done with what they replace. Averages, which are divided when they are
-// merged, are staged for peers where queries were.
+// Shared memory. The area has X, unless that is apart; then what groups give each other, what attention
+// needs, or hidden activations, those of each turn where a piece of X was. Peers push queries and hidden
+// activations once this block has told that it is done with the X that they replace. Averages, which are
+// divided when they are merged, are staged for peers where queries were.
 constexpr int AREA = 0, HIDDEN = AREA, WEIGHTS = AREA;
 constexpr int WEIGHED = KEY_TILE + 16;  // keys of a tile, those of actions, and zeros
 constexpr int STATISTICS = WEIGHTS + WEIGHED * (FEW ? LINE_ROWS : 64) * 2;
@@ -55,24 +60,30 @@ constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
 constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, PARTS_OF_ROWS = MERGED + ROWS * HEAD * BYTES;
 constexpr int RECENT_KEYS = PARTS_OF_ROWS + PEERS * ROW_PART_BYTES;
 constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
-constexpr int AREA_BYTES = larger(X_BYTES, RECENT_KEYS + RECENT_BYTES);
-constexpr int RING = (AREA_BYTES + 127) / 128 * 128;
+// What groups give each other of q, k and v, by so many threads of each, while peers may push queries.
+constexpr int GIVING = (ROWS + 15) / 16 * 32, GIVEN_BYTES = QKV_TILE / 8 * GIVING * 16;
+constexpr int GIVEN = FEW ? RECENT_KEYS + RECENT_BYTES : AREA;
+static_assert(GIVEN >= MERGED || GIVEN + GIVEN_BYTES <= QUERIES, "queries are not pushed over it");
+constexpr int USED = larger(RECENT_KEYS + RECENT_BYTES, GIVEN + GIVEN_BYTES);
+constexpr int AREA_BYTES = X_APART ? USED : larger(X_BYTES, USED);
+constexpr int X_AT = X_APART ? (AREA_BYTES + 1023) / 1024 * 1024 : AREA;
+constexpr int RING = X_APART ? X_AT + X_BYTES : (AREA_BYTES + 127) / 128 * 128;
 constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
 constexpr int X_COPIED = X_FULL + 8 * PIECES;
-constexpr int QUERIES_FULL = X_COPIED + 8 * PIECES, MERGED_FULL = QUERIES_FULL + 8 * PEERS;
+constexpr int QUERIES_FULL = X_COPIED + 8 * (PIECES + X_FLIGHTS - 1), MERGED_FULL = QUERIES_FULL + 8 * PEERS;
 constexpr int HIDDEN_FULL = MERGED_FULL + 8 * PEERS, AVERAGES_FULL = HIDDEN_FULL + 8 * PEERS;
-constexpr int RECENT_COPIED = AVERAGES_FULL + 8, RECENT_FULL = RECENT_COPIED + 8;
-constexpr int RECENT_STORED = RECENT_FULL + 8, X_FREE = RECENT_STORED + 8;
-constexpr int SQUARES = (X_FREE + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 64;
+constexpr int RECENT_COPIED = AVERAGES_FULL + 8, RECENT_FULL = RECENT_COPIED + 8 * RECENT_FLIGHTS;
+constexpr int RECENT_STORED = RECENT_FULL + 8, X_FREE = RECENT_STORED + 8, SUMS_STORED = X_FREE + 8;
+constexpr int SQUARES = (SUMS_STORED + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 64;
 static_assert(ACTIONS + 256 <= SHARED_BYTES, "barriers and small things fit");
 // Bytes that one block of a cluster gives the others.
 constexpr int QUERY_PIECE = ROWS * HEAD / PEERS * 2, AVERAGE_PIECE = QUERY_PIECE;
 constexpr int MERGED_PIECE = ROWS * HEAD / PEERS * BYTES;
 constexpr int HIDDEN_PIECE = ROWS * MLP / BLOCKS / TURNS * BYTES;
 constexpr int HIDDEN_PART = TURNS > 1 ? X_BYTES / PIECES : X_BYTES;  // of X, that a turn's replace
-static_assert(PEERS * HIDDEN_PIECE <= HIDDEN_PART, "hidden activations lie where X was");
+static_assert(PEERS * HIDDEN_PIECE <= (X_APART ? AREA_BYTES : HIDDEN_PART), "hidden activations have room");
 
 struct Arguments {
   const char* stream;  // (block, layer, LAYER_BYTES)
@@ -182,6 +193,7 @@ struct Block {
   }
   // By all that compute, when they have met.
   __device__ __forceinline__ void all_free_x() const {
+    if (X_APART) return;
     all_consumers();
     free_x<4 * GROUPS>(4 * group + warp);
   }

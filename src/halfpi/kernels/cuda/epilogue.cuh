@@ -55,50 +55,115 @@ struct Turns {
   }
 };
 
-// What a warp has of the sums: two of each eight columns and two of 16 rows a thread.
+// Two neighbours as outputs, of which eight sums make so many.
+using Pair = conditional<OUT_FP8, unsigned short, u32>::type;
+constexpr int PAIRS = EPILOGUE == GATED ? 2 : 4;
+
+// What a warp has of the sums: two of each eight columns and two of 16 rows a thread. Eight sums are of two
+// chunks of columns, of each those of two rows.
 struct Warp {
   u32 staged;
   int lane;
   const float* bias;
 
-  // Of the eight sums from the i-th on, which are two chunks of eight columns in two rows.
+  // Of the eight sums from the i-th on.
   __device__ __forceinline__ void finish(const float* eight, int i, const Turns& turns, float alpha,
-                                         float factor, float (&out)[8]) const {
+                                         float factor, Pair (&out)[PAIRS]) const {
+    if constexpr (EPILOGUE == GATED) {
+      if constexpr (OUT_FP8) {
+        u32 packed[4];
+        pack(eight, alpha, factor, packed);
+        finish_packed(packed, alpha, factor, out);
+      } else {
+        float gated[4];
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {  // chunk, row, column
-      float even = eight[j] * alpha, odd = eight[j + 1] * alpha;
-      const int in_tile = 2 * i + j / 4 * 8 + lane % 4 * 2;
-      if constexpr (EPILOGUE == GATED) {
-        out[j / 2] = gelu_product(even, even * (eight[j + 1] * (0.5f * alpha * factor)));
-        continue;
+        for (int j = 0; j < 4; ++j) {
+          const float gate = eight[2 * j] * alpha, up = eight[2 * j + 1] * (0.5f * alpha * factor);
+          gated[j] = gelu_product(gate, gate * up);
+        }
+        exchange(gated, out);
       }
-      if constexpr (EPILOGUE == ROTATED) {
-        const int pair = (i % TURNED + j) / 2;
-        const float c = turns.cos[pair], s = turns.sin[pair], first = even;
-        even = even * c - odd * s, odd = odd * c + first * s;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        float even = eight[j] * alpha, odd = eight[j + 1] * alpha;
+        const int in_tile = 2 * i + j / 4 * 8 + lane % 4 * 2;
+        if constexpr (EPILOGUE == ROTATED) {
+          const int pair = (i % TURNED + j) / 2;
+          const float c = turns.cos[pair], s = turns.sin[pair], first = even;
+          even = even * c - odd * s, odd = odd * c + first * s;
+        }
+        if constexpr (BIAS != 0) even += bias[in_tile], odd += bias[in_tile + 1];
+        out[j / 2] = activated(even, odd, factor);
       }
-      if constexpr (BIAS != 0) even += bias[in_tile], odd += bias[in_tile + 1];
-      if constexpr (GELU) even = gelu_product(even, 0.5f * even), odd = gelu_product(odd, 0.5f * odd);
-      out[j] = even * factor, out[j + 1] = odd * factor;
     }
   }
-  __device__ __forceinline__ void store(const float (&out)[8], int i) const {
+  __device__ static __forceinline__ Pair activated(float even, float odd, float factor) {
+    if constexpr (GELU && OUT_FP8) return gelu_e4m3(pack_f16(even, odd), pack_f16(factor, factor));
+    if constexpr (GELU) even = gelu_product(even, 0.5f * even), odd = gelu_product(odd, 0.5f * odd);
+    return pack_outputs(even * factor, odd * factor);
+  }
+  __device__ static __forceinline__ Pair pack_outputs(float even, float odd) {
+    if constexpr (OUT_FP8) {
+      return pack_e4m3(even, odd);
+    } else {
+      return pack_bf16(even, odd);
+    }
+  }
+
+  // Gates and ups in half of the registers: for E4M3 as f16 what they are, those of a row's chunks together.
+  __device__ static __forceinline__ void pack(const float* eight, float alpha, float factor, u32* packed) {
 #pragma unroll
-    for (int second = 0; second < 2; ++second) {
-      const u32 to = staged + (lane / 4 + second * 8) * PITCH;
+    for (int row = 0; row < 2; ++row) {
+      const float *first = eight + 2 * row, *second = first + 4;
+      if constexpr (OUT_FP8) {
+        packed[row] = pack_f16(first[0] * alpha, second[0] * alpha);
+        packed[2 + row] = pack_f16(first[1] * (alpha * factor), second[1] * (alpha * factor));
+      } else {
+        packed[row] = pack_bf16(first[0], first[1]), packed[2 + row] = pack_bf16(second[0], second[1]);
+      }
+    }
+  }
+  __device__ __forceinline__ void finish_packed(const u32* packed, float alpha, float factor,
+                                                Pair (&out)[PAIRS]) const {
+    if constexpr (OUT_FP8) {
+      exchange(gelu_e4m3(packed[0], packed[2]), gelu_e4m3(packed[1], packed[3]), out);
+    } else {
+      float eight[8];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) eight[2 * j] = low_bf16(packed[j]), eight[2 * j + 1] = high_bf16(packed[j]);
+      finish(eight, 0, Turns{}, alpha, factor, out);
+    }
+  }
+
+  // Of two chunks of columns a thread has one output each in a row; it gets its neighbour's of one.
+  __device__ __forceinline__ void exchange(unsigned short first, unsigned short second,
+                                           Pair (&out)[PAIRS]) const {
+    const u32 own = first | second << 16, other = __shfl_xor_sync(~0u, own, 1);
+    const u32 both = lane % 2 ? __byte_perm(other, own, 0x7351) : __byte_perm(own, other, 0x6240);
+    out[0] = static_cast<unsigned short>(both), out[1] = both >> 16;
+  }
+  __device__ __forceinline__ void exchange(const float (&v)[4], Pair (&out)[PAIRS]) const {
+    const bool right = lane % 2;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float other = __shfl_xor_sync(~0u, right ? v[row] : v[2 + row], 1);
+      out[row] = pack_outputs(right ? other : v[row], right ? v[2 + row] : other);
+    }
+  }
+
+  __device__ __forceinline__ void store(const Pair (&out)[PAIRS], int i) const {
+    const u32 to = staged + lane / 4 * PITCH;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
       if constexpr (EPILOGUE == GATED) {
-        // Of two chunks of columns a thread has one output each; it gets its neighbour's of one.
-        const bool right = lane % 2;
-        const float first = out[second], last = out[2 + second];
-        const float other = __shfl_xor_sync(~0u, right ? first : last, 1);
-        const int column = i + (right ? 4 : 0) + lane % 4 / 2 * 2;
-        store_pair<OUT_FP8>(to + column * OUT_BYTES, right ? other : first, right ? last : other);
+        const int column = i + lane % 2 * 4 + lane % 4 / 2 * 2;
+        store_shared(to + 8 * row * PITCH + column * OUT_BYTES, out[row]);
       } else {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
-          const float* pair = out + 4 * chunk + 2 * second;
           const int column = 2 * i + chunk * 8 + lane % 4 * 2;
-          store_pair<OUT_FP8>(to + column * OUT_BYTES, pair[0], pair[1]);
+          store_shared(to + 8 * row * PITCH + column * OUT_BYTES, out[2 * chunk + row]);
         }
       }
     }
@@ -108,7 +173,7 @@ struct Warp {
   // loaded early.
   __device__ __forceinline__ void stage(const float (&sums)[WIDTH / 2], Turns& turns, int row, int column,
                                         const Outputs& to, float alpha, float factor) const {
-    float now[8], next[8];
+    Pair now[PAIRS], next[PAIRS];
     if (!EARLY_TURNS) turns.load(0, row, column, to);
     finish(sums, 0, turns, alpha, factor, now);
 #pragma unroll
@@ -119,7 +184,7 @@ struct Warp {
       }
       store(now, i);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) now[j] = next[j];
+      for (int j = 0; j < PAIRS; ++j) now[j] = next[j];
     }
     __syncwarp();
   }

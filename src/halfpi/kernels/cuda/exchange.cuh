@@ -6,17 +6,16 @@
 // Sums are words of eight bytes with a mark that tells whether they are new; a reader loads them
 // again until all are.
 //
-// Rows, and keys and values, are copied in bulk. A counter tells when that is worth its while: of
-// keys and values when a block's threads have met after storing, of a row when it is about to be
-// stored, because to see the counter and to start a copy takes about as long as to store. So it does
-// not tell that all is there, and a release would wait too long. A reader looks whether something in
-// the copy is BLANK, and then copies again: at a word of whatever one store of a warp fills, which
-// is a line of X or 16 bytes of a sector of keys and values. There are two buffers in turn. Who has
-// written to one, and knows that the other is read, makes that BLANK again, and all of it is there
-// before he adds to the counter again.
+// Rows, and keys and values, are copied in bulk. To wait for a release would take too long. So a reader
+// looks whether something in the copy is BLANK, and then copies again: at a word of whatever one store of a
+// warp fills, which is a line of X or 16 bytes of a sector of keys and values. There are two buffers in turn.
+// Who has written to one, and knows that the other is read, makes that BLANK again, and all of it is there
+// before he adds to a counter.
 //
-// Keys and values of few rows are loaded again and again instead, until nothing is BLANK. Then the
-// counter tells that all which is not new is BLANK.
+// Keys and values, and few rows in E4M3, are copied again and again, from when a reader has done its own part
+// until they have come; the counter has told before that all which is not new is BLANK. Other rows are too
+// large for that: there it tells when a copy is worth its while, which is when a row is about to be stored.
+// To see the counter and to start a copy takes about as long as to store.
 //
 // These counters count on, and nobody counts for an exchange before he has seen that all have counted
 // for the one before: else who is early would stand in for who is late. LAID_OUT, of warps that have

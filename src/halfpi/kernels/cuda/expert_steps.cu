@@ -40,6 +40,7 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
   for (int i = X_FULL; i <= RECENT_FULL; i += 8) mbarrier_init(shared + i, 1);
   mbarrier_init(shared + RECENT_STORED, 128);
   mbarrier_init(shared + X_FREE, PEERS);
+  mbarrier_init(shared + SUMS_STORED, 4 * GROUPS);
   mbarriers_ready();
 }
 
@@ -95,11 +96,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   } else if (b.warp == 1) {
     fetch_rows(b);
   } else if (b.warp == 2) {
-    if (FEW) {
-      poll_recent(b);
-    } else {
-      fetch_recent(b);
-    }
+    fetch_recent(b);
   } else {
     share_pieces(b);
   }

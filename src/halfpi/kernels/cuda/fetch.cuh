@@ -101,50 +101,86 @@ __device__ __forceinline__ bool some_blank_chunk(const Block& b, u32 copy) {
   return __any_sync(~0u, some);
 }
 
-// A copy of what several blocks write, again until nothing in it is blank.
-struct Copy {
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
+// Copies of what several blocks write, FLIGHTS under way at a time, until nothing in one is blank. Those that
+// follow it bring the same.
+template <int FLIGHTS>
+struct Copies {
   u32 to;
   const char* from;
-  u32 bytes, copied, full;  // barriers: copied, and nothing is blank
+  u32 bytes, copied, full;  // barriers: FLIGHTS of those, and nothing is blank
 
-  __device__ __forceinline__ void start() const {
+  __device__ __forceinline__ void start(int flight) const {
     if (!elected()) return;
-    mbarrier_expect(copied, bytes);
-    bulk_copy(to, from, bytes, copied);
+    mbarrier_expect(copied + 8 * flight, bytes);
+    bulk_copy(to, from, bytes, copied + 8 * flight);
   }
-  template <typename SomeBlank>
-  __device__ __forceinline__ void finish(u32& parity, SomeBlank some_blank) const {
+  __device__ __forceinline__ void start() const {
+#pragma unroll
+    for (int flight = 0; flight < FLIGHTS; ++flight) {
+      if (flight) pause(A_COPY / FLIGHTS);
+      start(flight);
+    }
+  }
+  __device__ __forceinline__ void end(int flight, u32& parities) const {
+    wait(copied + 8 * flight, parities >> flight & 1);
+    parities ^= 1 << flight;
+  }
+  // then(): as soon as it has come.
+  template <typename SomeBlank, typename Then = Nothing>
+  __device__ __forceinline__ void finish(u32& parities, SomeBlank some_blank, Then then = {}) const {
     Watchdog watchdog;
-    while (true) {
-      wait(copied, parity);
-      parity ^= 1;
+    int flight = 0;
+    for (;; flight = (flight + 1) % FLIGHTS) {
+      end(flight, parities);
       if (!some_blank()) break;
-      start();
+      start(flight);
       watchdog.check();
     }
     if (elected()) mbarrier_arrive(full, 1);
+    then();
+#pragma unroll
+    for (int i = 1; i < FLIGHTS; ++i) end((flight + i) % FLIGHTS, parities);
   }
 };
 
-// X, twice a layer.
+// X, twice a layer. If it is apart, its first piece is copied from when this block's sums are stored until it
+// has come, and then the other.
 __device__ __forceinline__ void fetch_rows(const Block& b) {
   constexpr int PIECE = X_BYTES / PIECES;
   u32 parities[PIECES] = {};
 #pragma unroll 1
   for (int exchange = 0; exchange < STEPS * DEPTH * 2; ++exchange) {
     const char* from = b.buffers + X + exchange % 2 * X_BYTES;
-    auto piece = [&](int i) {
-      return Copy{b.shared + AREA + i * PIECE, from + i * PIECE, PIECE,
-                  b.shared + X_COPIED + 8 * i, b.shared + X_FULL + 8 * i};
+    const auto some_blank = [&](int i) {
+      return [&b, i] { return some_blank_line<PIECE / LINE>(b, b.shared + X_AT + i * PIECE); };
     };
-    await(place(b.counters, ROWS_DONE), (exchange + 1) * ROWS);
+    const auto others = [&](int i) {
+      const u32 copied = b.shared + X_COPIED + 8 * (X_FLIGHTS - 1 + i);
+      return Copies<1>{b.shared + X_AT + i * PIECE, from + i * PIECE, PIECE, copied,
+                       b.shared + X_FULL + 8 * i};
+    };
+    const auto start_others = [&] {
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) piece(i).start();
-#pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-      const Copy copy = piece(i);
-      copy.finish(parities[i], [&] { return some_blank_line<PIECE / LINE>(b, copy.to); });
+      for (int i = 1; i < PIECES; ++i) others(i).start();
+    };
+    const Copies<X_FLIGHTS> first{b.shared + X_AT, from, PIECE, b.shared + X_COPIED, b.shared + X_FULL};
+    if (X_APART) {
+      if (exchange) wait(b.shared + SUMS_STORED, (exchange - 1) % 2);
+      await(place(b.counters, ROWS_DONE), exchange * ROWS);
+      first.start();
+      first.finish(parities[0], some_blank(0), start_others);
+    } else {
+      await(place(b.counters, ROWS_DONE), (exchange + 1) * ROWS);
+      first.start();
+      start_others();
+      first.finish(parities[0], some_blank(0));
     }
+#pragma unroll
+    for (int i = 1; i < PIECES; ++i) others(i).finish(parities[i], some_blank(i));
   }
 }
 
@@ -158,61 +194,20 @@ __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
   if (elected()) __threadfence();
 }
 
-// Keys and values of few actions, by a warp, that loads them again until they are there. Of many rows that
-// is so much that a counter and a copy take less time.
-__device__ __forceinline__ void poll_recent(const Block& b) {
-  constexpr int COUNT = RECENT_BYTES / 512;  // loads of 16 bytes a thread
-  const auto there = [](const uint4& v) {
-    return v.x != BLANK & v.y != BLANK & v.z != BLANK & v.w != BLANK;
-  };
-  const bool is_row = b.lane % RECENT_SLOTS < Split(b.rank, b.prefix).recent;
-  // What no action fills is multiplied by zero, and must be finite.
-  const u32 before = is_row ? BLANK : 0;
+// Keys and values of the actions, copied from when this block's are stored until all have come.
+__device__ __forceinline__ void fetch_recent(const Block& b) {
+  u32 parities = 0;
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     wait(b.shared + RECENT_STORED, layer & 1);
     await(place(b.counters, RECENT_DONE), layer * BLOCKS);
-    const char* from = b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES + b.lane * 16;
-    uint4 v[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] = make_uint4(before, before, before, before);
-    Watchdog watchdog;
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) load_chunk_unless(there(v[i]), v[i], from + i * 512);
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) all &= there(v[i]);
-      all = __all_sync(~0u, all);
-      watchdog.check();
-    } while (!all);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      store_shared(b.shared + RECENT_KEYS + i * 512 + b.lane * 16, v[i]);
-    }
-    fence_async_proxy();
-    __syncwarp();
-    if (elected()) mbarrier_arrive(b.shared + RECENT_FULL, 1);
+    const Copies<RECENT_FLIGHTS> copies{
+        b.shared + RECENT_KEYS, b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
+        RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
+    copies.start();
+    copies.finish(parities, [&] { return some_blank_chunk(b, copies.to); });
     blank_recent(b, layer + 1);
     if (elected()) arrive(place(b.counters, RECENT_DONE));
-  }
-}
-
-// The same of many.
-__device__ __forceinline__ void fetch_recent(const Block& b) {
-  u32 parity = 0;
-#pragma unroll 1
-  for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
-    wait(b.shared + RECENT_STORED, layer & 1);
-    if (elected()) arrive(place(b.counters, RECENT_DONE));
-    await(place(b.counters, RECENT_DONE), (layer + 1) * BLOCKS);
-    const Copy copy{b.shared + RECENT_KEYS,
-                    b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
-                    RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
-    copy.start();
-    copy.finish(parity, [&] { return some_blank_chunk(b, copy.to); });
-    blank_recent(b, layer + 1);
   }
 }
 
@@ -228,7 +223,7 @@ __device__ __forceinline__ void share(const Block& b, int operand, u32 bytes, in
     }
   }
   b.until_piece_written(turns, turn);
-  if (over_x != NOT) wait(b.shared + X_FREE, over_x);
+  if (!X_APART && over_x != NOT) wait(b.shared + X_FREE, over_x);
   if (!elected()) return;
   const u32 piece = b.shared + operand + b.rank * bytes, full = b.shared + barrier + 8 * own;
 #pragma unroll 1

@@ -64,8 +64,8 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
   Watchdog watchdog;
   while (!mbarrier_passed(barrier, parity)) watchdog.check();
 }
-// By a whole warp. The compiler sees that its threads go on as one, as it must for products whose operands are
-// in registers.
+// By a whole warp. The compiler sees that its threads go on as one, as it must for products whose operands
+// are in registers.
 __device__ __forceinline__ void wait_together(u32 barrier, u32 parity) {
   Watchdog watchdog;
   while (!__all_sync(~0u, mbarrier_passed(barrier, parity))) watchdog.check();
@@ -347,17 +347,6 @@ __device__ __forceinline__ void load_word_unless(bool loaded, u64& word, const v
       : "memory");
 }
 
-// The same of 16 bytes, which are loaded as four words.
-__device__ __forceinline__ void load_chunk_unless(bool loaded, uint4& v, const void* from) {
-  asm volatile(
-      "{\n.reg .pred missing;\n"
-      "setp.eq.u32 missing, %5, 0;\n"
-      "@missing ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-      : "l"(from), "r"(static_cast<u32>(loaded))
-      : "memory");
-}
-
 // A constant, loaded here and not where it is used.
 __device__ __forceinline__ float load_early(const float* from) {
   float v;
@@ -515,21 +504,22 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
   asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
-// GELU of both times `factors`, f16 twice. Beside E4M3's, half precision's error is small.
-__device__ __forceinline__ unsigned short gelu_e4m3(float even, float odd, u32 factors) {
+// GELU(x) · y of both, f16 as E4M3, beside whose error half precision's is small. GELU comes first: the
+// product may be beyond f16, and then it is E4M3's largest number.
+__device__ __forceinline__ unsigned short gelu_e4m3(u32 x, u32 y) {
   unsigned short v;
-  asm("{.reg .b32 x, y, half;\n"
-      "mul.rn.f16x2 y, %1, %1;\n"
-      "fma.rn.f16x2 y, y, %2, %3;\n"
-      "mul.rn.f16x2 y, y, %1;\n"
-      "tanh.approx.f16x2 y, y;\n"
+  asm("{.reg .b32 t, half;\n"
+      "mul.rn.f16x2 t, %1, %1;\n"
+      "fma.rn.f16x2 t, t, %2, %3;\n"
+      "mul.rn.f16x2 t, t, %1;\n"
+      "tanh.approx.f16x2 t, t;\n"
       "mul.rn.f16x2 half, %1, %4;\n"
-      "fma.rn.f16x2 y, half, y, half;\n"
-      "mul.rn.f16x2 y, y, %5;\n"
-      "cvt.rn.satfinite.e4m3x2.f16x2 %0, y;}"
+      "fma.rn.f16x2 t, half, t, half;\n"
+      "mul.rn.f16x2 t, t, %5;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 %0, t;}"
       : "=h"(v)
-      : "r"(pack_f16(even, odd)), "r"(pack_f16(GELU_CUBIC, GELU_CUBIC)),
-        "r"(pack_f16(GELU_LINEAR, GELU_LINEAR)), "r"(pack_f16(0.5f, 0.5f)), "r"(factors));
+      : "r"(x), "r"(pack_f16(GELU_CUBIC, GELU_CUBIC)), "r"(pack_f16(GELU_LINEAR, GELU_LINEAR)),
+        "r"(pack_f16(0.5f, 0.5f)), "r"(y));
   return v;
 }
 

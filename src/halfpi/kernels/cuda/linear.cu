@@ -131,9 +131,9 @@ __device__ __forceinline__ void multiply(float (&sums)[WIDTH / 2], const Ring& r
   if (before >= 0) ring.release(before);
 }
 
-// A warp's sums of a tile, gate and up, rounded, until they are finished; of `rows` rows.
+// A warp's sums of a tile, gate and up, packed, until they are finished; of `rows` rows.
 struct Held {
-  u32 pairs[HELD_SUMS / 2];
+  u32 packed[HELD_SUMS / 2];
   long row;
   int column, rows;
 
@@ -141,11 +141,14 @@ struct Held {
   __device__ __forceinline__ void take(const float (&sums)[WIDTH / 2], const Warp& epilogue, float alpha,
                                        float factor) {
 #pragma unroll
-    for (int i = 0; i < HELD_FROM; i += 8) finish_eight(sums + i, i, epilogue, alpha, factor);
+    for (int i = 0; i < HELD_FROM; i += 8) {
+      Pair out[PAIRS];
+      epilogue.finish(sums + i, i, Turns{}, alpha, factor, out);
+      epilogue.store(out, i);
+    }
 #pragma unroll
-    for (int i = 0; i < HELD_SUMS / 2; ++i) {
-      const float* pair = sums + HELD_FROM + 2 * i;
-      pairs[i] = pack_bf16(pair[0], pair[1]);
+    for (int i = 0; i < HELD_SUMS; i += 8) {
+      Warp::pack(sums + HELD_FROM + i, alpha, factor, packed + i / 2);
     }
   }
   __device__ __forceinline__ void finish(int part, const Warp& epilogue, const Outputs& to, float alpha,
@@ -153,23 +156,14 @@ struct Held {
     static_assert(!HELD || HELD_SUMS % 8 == 0, "a part has whole chunks");
 #pragma unroll
     for (int i = part * PART_SUMS; i < (part + 1) * PART_SUMS; i += 8) {
-      float sums[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sums[2 * j] = low_bf16(pairs[i / 2 + j]), sums[2 * j + 1] = high_bf16(pairs[i / 2 + j]);
-      }
-      finish_eight(sums, HELD_FROM + i, epilogue, alpha, factor);
+      Pair out[PAIRS];
+      epilogue.finish_packed(packed + i / 2, alpha, factor, out);
+      epilogue.store(out, HELD_FROM + i);
     }
     if (part + 1 == PARTS) {
       __syncwarp();
       epilogue.copy_out(to, row, rows, column);
     }
-  }
-  __device__ static __forceinline__ void finish_eight(const float* sums, int i, const Warp& epilogue,
-                                                      float alpha, float factor) {
-    float out[8];
-    epilogue.finish(sums, i, Turns{}, alpha, factor, out);
-    epilogue.store(out, i);
   }
 };
 

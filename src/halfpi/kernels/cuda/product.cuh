@@ -162,29 +162,30 @@ __device__ __forceinline__ void qkv(Block& b, const Arguments& a, const Scale& s
   }
   float result[QKV_TILE / 2];
   multiply<Format, false, QKV_TILE, QKV_CHUNKS, GROUPS, GROUPS>(
-      result, b, QKV_UNITS, AREA, 0, b.group, PieceOfX<QKV_CHUNKS>{0});
+      result, b, QKV_UNITS, X_AT, 0, b.group, PieceOfX<QKV_CHUNKS>{0});
   b.all_free_x();
-  float4* given = reinterpret_cast<float4*>(b.memory + AREA) + b.thread % 128;
+  const bool gives = b.thread % 128 < GIVING;  // all that have a row of the actions
+  float4* given = reinterpret_cast<float4*>(b.memory + GIVEN) + b.thread % 128;
 #pragma unroll
   for (int i = 0; i <= CHUNKS; ++i) {
-    if (finishes(i)) continue;
-    given[128 * i] = make_float4(result[4 * i], result[4 * i + 1], result[4 * i + 2],
-                                 result[4 * i + 3]);
+    if (finishes(i) || !gives) continue;
+    given[GIVING * i] = make_float4(result[4 * i], result[4 * i + 1], result[4 * i + 2],
+                                    result[4 * i + 3]);
   }
   all_consumers();
   const float alpha = scale.alpha();
-  if (finishes(CHUNKS)) {
+  if (finishes(CHUNKS) && gives) {
     char* to = b.buffers + b.lane % 4 * 4;
-    turns[CHUNKS].apply(b, result + 4 * CHUNKS, given[128 * CHUNKS], alpha, [&](int row, u32 word) {
+    turns[CHUNKS].apply(b, result + 4 * CHUNKS, given[GIVING * CHUNKS], alpha, [&](int row, u32 word) {
       store_relaxed(to + place_of_recent(b.index, row, b.layer), word);
     });
-    mbarrier_arrive(b.shared + RECENT_STORED, 1);
   }
+  if (finishes(CHUNKS)) mbarrier_arrive(b.shared + RECENT_STORED, 1);
   const u32 to = b.shared + QUERIES + b.rank * QUERY_PIECE + b.lane % 4 * 4;
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
-    if (!finishes(i)) continue;
-    turns[i].apply(b, result + 4 * i, given[128 * i], alpha, [&](int row, u32 word) {
+    if (!finishes(i) || !gives) continue;
+    turns[i].apply(b, result + 4 * i, given[GIVING * i], alpha, [&](int row, u32 word) {
       store_shared(to + (i * ROWS + row) * 16, word);
     });
   }
@@ -209,6 +210,7 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
     const u32 low = flipped_pair(sum, i, 0, alpha), high = flipped_pair(sum, i, 1, alpha);
     if (row < ROWS) store_relaxed(to + row * SUMS_BYTES, marked(low, high, mark));
   }
+  if (X_APART && elected()) mbarrier_arrive(b.shared + SUMS_STORED, 1);
 }
 
 // GELU(gate) · 2 up.
@@ -240,7 +242,7 @@ __device__ __forceinline__ void geglu(Block& b, const Scale& scale, const Scale&
   if (TURNS > 1) b.ring.skip(turn * WIDE_UNITS);
   b.await_turn();
   multiply<Format, true, WIDE_TILE, WIDE_CHUNKS, 1, GROUPS / TURNS>(
-      sum, b, WIDE_UNITS, AREA, 64 * group, 0, Turns::Source{1}, Turns{b});
+      sum, b, WIDE_UNITS, X_AT, 64 * group, 0, Turns::Source{1}, Turns{b});
   if (TURNS > 1) {
     b.ring.skip((TURNS - 1 - turn) * WIDE_UNITS);
   } else {

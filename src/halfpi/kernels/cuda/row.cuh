@@ -29,6 +29,7 @@ struct Row {
   // Rows of TABLE_IN that are not kept, but held in registers. Two rows a block leave too few of those.
   static constexpr int HELD = WORDS == 1 ? ACTION_DIM - KEPT : 0;
   int index, thread;  // of the row's threads
+  int published = 0;
   float* squares;
   float* actions;
   float4* hidden;
@@ -102,7 +103,8 @@ struct Row {
   // loads of their own.
   __device__ void await_some(const char* sums, u32 mark) const {
     constexpr int LANES = 32 / HEADS;            // of a cluster's sums
-    constexpr int NAP = FP8 || FEW ? 300 : 600;  // ns: looks take power, which bf16 with many rows lacks
+    // ns. Looks take power, which bf16 with many rows lacks.
+    constexpr int NAP = X_APART ? 150 : FP8 || FEW ? 300 : 600;
     const int lane = thread % 32;
     const char* one = sums + lane / LANES * (WIDTH * 2) - (lane - lane % LANES) * 8;
     Watchdog watchdog;
@@ -174,6 +176,13 @@ struct Row {
     if (thread == 0) arrive(exchange::place(b.counters, ROWS_DONE));
   }
 
+  // By one thread: nothing in the other buffer is of this row. Long before the next is needed there.
+  __device__ void announce_blank(const Block& b) {
+    u32* const counter = exchange::place(b.counters, ROWS_DONE);
+    await(counter, published++ * ROWS);
+    arrive(counter);
+  }
+
   // x becomes y: normed, scaled and shifted.
   __device__ void norm(float4 (&y)[WORDS]) const {
     float square = 0.0f;
@@ -198,7 +207,7 @@ struct Row {
   }
 
   // To all blocks, as operands; and what they had before becomes blank.
-  __device__ void publish(const Block& b, const float4 (&y)[WORDS], int half) const {
+  __device__ void publish(const Block& b, const float4 (&y)[WORDS], int half) {
     char* now = b.buffers + X + half % 2 * X_BYTES;
     char* other = b.buffers + X + (half + 1) % 2 * X_BYTES;
 #pragma unroll
@@ -218,7 +227,9 @@ struct Row {
       }
     }
     together();
-    if (thread == 0) __threadfence();  // before the row is announced again
+    if (thread) return;
+    __threadfence();  // before the row is announced again
+    if (X_APART) announce_blank(b);
   }
 
   // Of four columns in an operand.
@@ -284,7 +295,7 @@ __device__ __forceinline__ void update_row(const Block& b, const Arguments& a) {
       if (half) row.load(b, a, step, half);
       if (last) row.load_held(a);
       if (half) row.add(b, half % 2 == 0);
-      if (!last) row.announce(b);
+      if (!X_APART && !last) row.announce(b);
       row.norm(y);
       if (last) break;
       row.publish(b, y, half);

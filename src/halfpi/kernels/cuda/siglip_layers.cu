@@ -88,7 +88,7 @@ struct Layers : Residual {
       for (int i = 0; i < BATCH; i += 2) {
         const float even = fmaf(sums[begin + i], alpha, bias[i / 4].x);
         const float odd = fmaf(sums[begin + i + 1], alpha, bias[i / 4].y);
-        out[i / 2] = gelu_e4m3(even, odd, factors);
+        out[i / 2] = gelu_e4m3(pack_f16(even, odd), factors);
       }
 #pragma unroll
       for (int i = 0; i < BATCH; i += 2) {

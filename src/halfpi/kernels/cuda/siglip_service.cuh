@@ -58,8 +58,8 @@ struct WeightFiller {
   }
 };
 
-// By a warp: rows, as soon as all of the team have stored theirs. This block is one of them: its group has done
-// with keys and values when what it mixed from them is told, and so they may be overwritten.
+// By a warp: rows, as soon as all of the team have stored theirs. This block is one of them: its group has
+// done with keys and values when what it mixed from them is told, and so they may be overwritten.
 struct RowFiller {
   const Block& b;
   RingCursor<X_LINES> at{0, 1};
