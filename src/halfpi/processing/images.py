@@ -74,8 +74,8 @@ def pictures(images: Mapping[str, NDArray[Any]], cameras: Sequence[str], size: i
     Only those more than twice as tall as wide, which Pillow resizes rows first, are resized here.
     images and ValueError as in `prepare_images`.
     """
-    came = {camera: _picture(camera, images[camera], size) for camera in _present(images, cameras)}
-    return tuple(map(came.get, cameras))
+    present = _present(images, cameras)
+    return tuple([_picture(one, images[one], size) if one in present else None for one in cameras])
 
 
 def _picture(camera: str, image: NDArray[Any], size: int) -> NDArray[np.uint8]:
@@ -133,13 +133,13 @@ def resize_with_pad(camera: str, image: NDArray[Any], size: int, rule: ResizeRul
 
 
 def _present(images: Mapping[str, object], cameras: Sequence[str]) -> list[str]:
-    unknown = images.keys() - cameras
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"unknown camera {names}: expected {', '.join(cameras)}")
-    if not images:
+    present = [camera for camera in cameras if camera in images]
+    if len(present) != len(images):
+        unknown = ", ".join(sorted(images.keys() - cameras))
+        raise ValueError(f"unknown camera {unknown}: expected {', '.join(cameras)}")
+    if not present:
         raise ValueError(f"no camera image: expected at least one of {', '.join(cameras)}")
-    return [camera for camera in cameras if camera in images]
+    return present
 
 
 def _fitted(camera: str, pixels: NDArray[Any], size: int) -> tuple[int, int]:
