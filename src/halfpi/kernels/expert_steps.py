@@ -110,8 +110,7 @@ class ExpertSizes:
     def buffer_bytes(self) -> int:
         """Bytes of what blocks exchange through L2 (cuda/exchange.cuh)."""
         sums = self.horizon * self.width * 2 * self.q_heads
-        recent = PEERS * 2 * self.head_dim * 2 * (-(-self.horizon // PEERS) if self.few else 8)
-        return 2 * self.row_bytes + sums + 2 * recent
+        return 2 * self.row_bytes + sums + 2 * PEERS * 2 * self.head_dim * 2 * 8
 
     @property
     def row_bytes(self) -> int:

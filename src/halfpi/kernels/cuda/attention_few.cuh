@@ -99,7 +99,7 @@ struct AttentionOfFew {
   __device__ __forceinline__ void find_recent_top(float (&logits)[4], const Block& b, int valid) const {
     recent_logits(logits, b);
     float top[2] = {-infinity(), -infinity()};
-    find_top<RECENT_TILE>(logits, b.lane, valid, top);
+    find_top<RECENT_SLOTS>(logits, b.lane, valid, top);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       top[i] = over_quad(top[i], true);

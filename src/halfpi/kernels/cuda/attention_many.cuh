@@ -32,7 +32,7 @@ struct AttentionOfMany {
     const bool has_recent = last && b.group == GROUPS - 1;
     if (has_recent) {
       recent_logits(recent, b);
-      find_top<RECENT_TILE>(recent, b.lane, split.recent, top);
+      find_top<RECENT_SLOTS>(recent, b.lane, split.recent, top);
     }
     top[0] = over_quad(top[0], true), top[1] = over_quad(top[1], true);
     give(b, HIGHEST, top);
@@ -47,7 +47,7 @@ struct AttentionOfMany {
     }
     const u32 to = b.shared + WEIGHTS + b.row * 16 + b.lane % 4 * 4;
     store_weights<KEYS>(logits, LOGIT_SCALE, base, to + KEYS / 8 * b.group * 1024, sum);
-    if (has_recent) store_weights<RECENT_TILE>(recent, LOGIT_SCALE, base, to + KEY_TILE / 8 * 1024, sum);
+    if (has_recent) store_weights<RECENT_SLOTS>(recent, LOGIT_SCALE, base, to + KEY_TILE / 8 * 1024, sum);
     // A product takes 16 keys at a time, and no thread knows at compile time which tile is last.
     if (b.thread < (last ? 64 : 128)) {
       const int chunk = KEY_TILE / 8 + 1 - b.thread / 64;

@@ -59,13 +59,12 @@ constexpr int QUERIES = STATISTICS + STATISTICS_BYTES;
 constexpr int STAGED = QUERIES, AVERAGES = QUERIES + ROWS * HEAD * 2;
 constexpr int MERGED = AVERAGES + ROWS * HEAD * 2, PARTS_OF_ROWS = MERGED + ROWS * HEAD * BYTES;
 constexpr int RECENT_KEYS = PARTS_OF_ROWS + PEERS * ROW_PART_BYTES;
-constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2, RECENT_ZEROS = RECENT_KEYS + RECENT_BYTES;
-constexpr int RECENT_END = RECENT_ZEROS + RECENT_BEHIND * 16;
+constexpr int RECENT_VALUES = RECENT_KEYS + RECENT_BYTES / 2;
 // What groups give each other of q, k and v, by so many threads of each, while peers may push queries.
 constexpr int GIVING = (ROWS + 15) / 16 * 32, GIVEN_BYTES = QKV_TILE / 8 * GIVING * 16;
-constexpr int GIVEN = FEW ? RECENT_END : AREA;
+constexpr int GIVEN = FEW ? RECENT_KEYS + RECENT_BYTES : AREA;
 static_assert(GIVEN >= MERGED || GIVEN + GIVEN_BYTES <= QUERIES, "queries are not pushed over it");
-constexpr int USED = larger(RECENT_END, GIVEN + GIVEN_BYTES);
+constexpr int USED = larger(RECENT_KEYS + RECENT_BYTES, GIVEN + GIVEN_BYTES);
 constexpr int AREA_BYTES = X_APART ? USED : larger(X_BYTES, USED);
 constexpr int X_AT = X_APART ? (AREA_BYTES + 1023) / 1024 * 1024 : AREA;
 constexpr int RING = X_APART ? X_AT + X_BYTES : (AREA_BYTES + 127) / 128 * 128;

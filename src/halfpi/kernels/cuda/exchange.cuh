@@ -41,10 +41,7 @@ constexpr int LINE = 128, LINE_ROWS = (ROWS + 7) / 8 * 8, LINE_BYTES = LINE_ROWS
 constexpr int X_BYTES = WIDTH * BYTES / LINE * LINE_BYTES;
 constexpr long X = 0;                     // of qkv, and then of gate/up
 constexpr long RECENT = X + 2 * X_BYTES;  // (split, chunk, slot, 16 bytes)
-// A block has so many keys of actions, of which a product takes eight: what it reads behind them has weights of
-// zero, and must be finite.
-constexpr int RECENT_TILE = 8, RECENT_SLOTS = FEW ? (ROWS + PEERS - 1) / PEERS : RECENT_TILE;
-constexpr int RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS, RECENT_BEHIND = RECENT_TILE - RECENT_SLOTS;
+constexpr int RECENT_SLOTS = 8, RECENT_BYTES = 2 * HEAD * 2 * RECENT_SLOTS;
 constexpr long RECENT_BUFFER = PEERS * RECENT_BYTES;
 constexpr long SUMS = RECENT + 2 * RECENT_BUFFER;  // (row, cluster, d / 4, Word)
 constexpr int SUMS_BYTES = HEADS * WIDTH * 2;      // of a row

@@ -77,13 +77,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   }
   if (b.index == 0) reset(counters);
   lay_out_first(a, b);
-  if (b.thread < 64 && b.index < BLOCKS) {
-    blank_recent(b, b.warp);
-    if (b.thread < RECENT_BEHIND) {
-      store_shared(b.shared + RECENT_ZEROS + b.thread * 16, make_uint4(0, 0, 0, 0));
-    }
-    fence_async_proxy();
-  }
+  if (b.thread < 64 && b.index < BLOCKS) blank_recent(b, b.warp);
   __syncthreads();
   if (b.thread == 0) meet(place(counters, MET));
   cluster_barrier();
