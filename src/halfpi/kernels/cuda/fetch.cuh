@@ -105,13 +105,13 @@ struct Nothing {
   __device__ __forceinline__ void operator()() const {}
 };
 
-// Copies of what several blocks write, FLIGHTS under way at a time, until nothing in one is blank. Those that
+// Copies of what several blocks write, COUNT under way at a time, until nothing in one is blank. Those that
 // follow it bring the same.
-template <int FLIGHTS>
+template <int COUNT>
 struct Copies {
   u32 to;
   const char* from;
-  u32 bytes, copied, full;  // barriers: FLIGHTS of those, and nothing is blank
+  u32 bytes, copied, full;  // barriers: COUNT of those, and nothing is blank
 
   __device__ __forceinline__ void start(int flight) const {
     if (!elected()) return;
@@ -120,8 +120,8 @@ struct Copies {
   }
   __device__ __forceinline__ void start() const {
 #pragma unroll
-    for (int flight = 0; flight < FLIGHTS; ++flight) {
-      if (flight) pause(A_COPY / FLIGHTS);
+    for (int flight = 0; flight < COUNT; ++flight) {
+      if (flight) pause(A_COPY / COUNT);
       start(flight);
     }
   }
@@ -134,7 +134,7 @@ struct Copies {
   __device__ __forceinline__ void finish(u32& parities, SomeBlank some_blank, Then then = {}) const {
     Watchdog watchdog;
     int flight = 0;
-    for (;; flight = (flight + 1) % FLIGHTS) {
+    for (;; flight = (flight + 1) % COUNT) {
       end(flight, parities);
       if (!some_blank()) break;
       start(flight);
@@ -143,7 +143,7 @@ struct Copies {
     if (elected()) mbarrier_arrive(full, 1);
     then();
 #pragma unroll
-    for (int i = 1; i < FLIGHTS; ++i) end((flight + i) % FLIGHTS, parities);
+    for (int i = 1; i < COUNT; ++i) end((flight + i) % COUNT, parities);
   }
 };
 
@@ -159,7 +159,7 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
       return [&b, i] { return some_blank_line<PIECE / LINE>(b, b.shared + X_AT + i * PIECE); };
     };
     const auto others = [&](int i) {
-      const u32 copied = b.shared + X_COPIED + 8 * (X_FLIGHTS - 1 + i);
+      const u32 copied = b.shared + X_COPIED + 8 * (FLIGHTS - 1 + i);
       return Copies<1>{b.shared + X_AT + i * PIECE, from + i * PIECE, PIECE, copied,
                        b.shared + X_FULL + 8 * i};
     };
@@ -167,7 +167,7 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
 #pragma unroll
       for (int i = 1; i < PIECES; ++i) others(i).start();
     };
-    const Copies<X_FLIGHTS> first{b.shared + X_AT, from, PIECE, b.shared + X_COPIED, b.shared + X_FULL};
+    const Copies<FLIGHTS> first{b.shared + X_AT, from, PIECE, b.shared + X_COPIED, b.shared + X_FULL};
     if (X_APART) {
       if (exchange) wait(b.shared + SUMS_STORED, (exchange - 1) % 2);
       await(place(b.counters, ROWS_DONE), exchange * ROWS);
@@ -201,7 +201,7 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     wait(b.shared + RECENT_STORED, layer & 1);
     await(place(b.counters, RECENT_DONE), layer * BLOCKS);
-    const Copies<RECENT_FLIGHTS> copies{
+    const Copies<FLIGHTS> copies{
         b.shared + RECENT_KEYS, b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
         RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
     copies.start();

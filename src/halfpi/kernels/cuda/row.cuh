@@ -29,7 +29,7 @@ struct Row {
   // Rows of TABLE_IN that are not kept, but held in registers. Two rows a block leave too few of those.
   static constexpr int HELD = WORDS == 1 ? ACTION_DIM - KEPT : 0;
   int index, thread;  // of the row's threads
-  int published = 0;
+  int published = 0;  // times
   float* squares;
   float* actions;
   float4* hidden;
