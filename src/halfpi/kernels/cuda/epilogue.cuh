@@ -58,6 +58,16 @@ struct Turns {
 // Two neighbours as outputs, of which eight sums make so many.
 using Pair = conditional<OUT_FP8, unsigned short, u32>::type;
 constexpr int PAIRS = EPILOGUE == GATED ? 2 : 4;
+__device__ __forceinline__ Pair as_outputs(Pair v) { return v; }
+__device__ __forceinline__ Pair as_outputs(float2 v) {
+  if constexpr (OUT_FP8) {
+    return pack_e4m3(v.x, v.y);
+  } else {
+    return pack_bf16(v.x, v.y);
+  }
+}
+// What they are until they are stored. Rotations leave no registers in which to pack them earlier.
+using Finished = conditional<EPILOGUE == GATED || GELU, Pair, float2>::type;
 
 // What a warp has of the sums: two of each eight columns and two of 16 rows a thread. Eight sums are of two
 // chunks of columns, of each those of two rows.
@@ -66,9 +76,11 @@ struct Warp {
   int lane;
   const float* bias;
 
-  // Of the eight sums from the i-th on.
+  // Of the eight sums from the i-th on. Out is Finished: so the compiler reads no more than the branch of this
+  // EPILOGUE.
+  template <class Out>
   __device__ __forceinline__ void finish(const float* eight, int i, const Turns& turns, float alpha,
-                                         float factor, Pair (&out)[PAIRS]) const {
+                                         float factor, Out (&out)[PAIRS]) const {
     if constexpr (EPILOGUE == GATED) {
       if constexpr (OUT_FP8) {
         u32 packed[4];
@@ -94,20 +106,19 @@ struct Warp {
           even = even * c - odd * s, odd = odd * c + first * s;
         }
         if constexpr (BIAS != 0) even += bias[in_tile], odd += bias[in_tile + 1];
-        out[j / 2] = activated(even, odd, factor);
+        out[j / 2] = activated<Out>(even, odd, factor);
       }
     }
   }
-  __device__ static __forceinline__ Pair activated(float even, float odd, float factor) {
-    if constexpr (GELU && OUT_FP8) return gelu_e4m3(pack_f16(even, odd), pack_f16(factor, factor));
-    if constexpr (GELU) even = gelu_product(even, 0.5f * even), odd = gelu_product(odd, 0.5f * odd);
-    return pack_outputs(even * factor, odd * factor);
-  }
-  __device__ static __forceinline__ Pair pack_outputs(float even, float odd) {
-    if constexpr (OUT_FP8) {
-      return pack_e4m3(even, odd);
+  template <class Out>
+  __device__ static __forceinline__ Out activated(float even, float odd, float factor) {
+    if constexpr (!GELU) {
+      return make_float2(even * factor, odd * factor);
+    } else if constexpr (OUT_FP8) {
+      return gelu_e4m3(pack_f16(even, odd), pack_f16(factor, factor));
     } else {
-      return pack_bf16(even, odd);
+      even = gelu_product(even, 0.5f * even), odd = gelu_product(odd, 0.5f * odd);
+      return as_outputs(make_float2(even * factor, odd * factor));
     }
   }
 
@@ -124,9 +135,10 @@ struct Warp {
       }
     }
   }
+  template <class Out>
   __device__ __forceinline__ void finish_packed(const u32* packed, float alpha, float factor,
-                                                Pair (&out)[PAIRS]) const {
-    if constexpr (OUT_FP8) {
+                                                Out (&out)[PAIRS]) const {
+    if constexpr (EPILOGUE == GATED && OUT_FP8) {
       exchange(gelu_e4m3(packed[0], packed[2]), gelu_e4m3(packed[1], packed[3]), out);
     } else {
       float eight[8];
@@ -138,32 +150,32 @@ struct Warp {
 
   // Of two chunks of columns a thread has one output each in a row; it gets its neighbour's of one.
   __device__ __forceinline__ void exchange(unsigned short first, unsigned short second,
-                                           Pair (&out)[PAIRS]) const {
+                                           Pair (&out)[2]) const {
     const u32 own = first | second << 16, other = __shfl_xor_sync(~0u, own, 1);
     const u32 both = lane % 2 ? __byte_perm(other, own, 0x7351) : __byte_perm(own, other, 0x6240);
     out[0] = static_cast<unsigned short>(both), out[1] = both >> 16;
   }
-  __device__ __forceinline__ void exchange(const float (&v)[4], Pair (&out)[PAIRS]) const {
+  __device__ __forceinline__ void exchange(const float (&v)[4], Pair (&out)[2]) const {
     const bool right = lane % 2;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float other = __shfl_xor_sync(~0u, right ? v[row] : v[2 + row], 1);
-      out[row] = pack_outputs(right ? other : v[row], right ? v[2 + row] : other);
+      out[row] = as_outputs(make_float2(right ? other : v[row], right ? v[2 + row] : other));
     }
   }
 
-  __device__ __forceinline__ void store(const Pair (&out)[PAIRS], int i) const {
+  __device__ __forceinline__ void store(const Finished (&out)[PAIRS], int i) const {
     const u32 to = staged + lane / 4 * PITCH;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       if constexpr (EPILOGUE == GATED) {
         const int column = i + lane % 2 * 4 + lane % 4 / 2 * 2;
-        store_shared(to + 8 * row * PITCH + column * OUT_BYTES, out[row]);
+        store_shared(to + 8 * row * PITCH + column * OUT_BYTES, as_outputs(out[row]));
       } else {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           const int column = 2 * i + chunk * 8 + lane % 4 * 2;
-          store_shared(to + 8 * row * PITCH + column * OUT_BYTES, out[2 * chunk + row]);
+          store_shared(to + 8 * row * PITCH + column * OUT_BYTES, as_outputs(out[2 * chunk + row]));
         }
       }
     }
@@ -173,7 +185,7 @@ struct Warp {
   // loaded early.
   __device__ __forceinline__ void stage(const float (&sums)[WIDTH / 2], Turns& turns, int row, int column,
                                         const Outputs& to, float alpha, float factor) const {
-    Pair now[PAIRS], next[PAIRS];
+    Finished now[PAIRS], next[PAIRS];
     if (!EARLY_TURNS) turns.load(0, row, column, to);
     finish(sums, 0, turns, alpha, factor, now);
 #pragma unroll

@@ -142,7 +142,7 @@ struct Held {
                                        float factor) {
 #pragma unroll
     for (int i = 0; i < HELD_FROM; i += 8) {
-      Pair out[PAIRS];
+      Finished out[PAIRS];
       epilogue.finish(sums + i, i, Turns{}, alpha, factor, out);
       epilogue.store(out, i);
     }
@@ -156,7 +156,7 @@ struct Held {
     static_assert(!HELD || HELD_SUMS % 8 == 0, "a part has whole chunks");
 #pragma unroll
     for (int i = part * PART_SUMS; i < (part + 1) * PART_SUMS; i += 8) {
-      Pair out[PAIRS];
+      Finished out[PAIRS];
       epilogue.finish_packed(packed + i / 2, alpha, factor, out);
       epilogue.store(out, HELD_FROM + i);
     }
