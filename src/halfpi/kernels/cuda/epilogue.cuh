@@ -76,8 +76,8 @@ struct Warp {
   int lane;
   const float* bias;
 
-  // Of the eight sums from the i-th on. Out is Finished: so the compiler reads no more than the branch of this
-  // EPILOGUE.
+  // Of the eight sums from the i-th on. Out is Finished: so the compiler reads no more than the branch of
+  // this EPILOGUE.
   template <class Out>
   __device__ __forceinline__ void finish(const float* eight, int i, const Turns& turns, float alpha,
                                          float factor, Out (&out)[PAIRS]) const {
