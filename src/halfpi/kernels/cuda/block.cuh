@@ -34,8 +34,8 @@ constexpr bool X_APART = FEW && FP8;
 constexpr int PIECES = X_APART ? 2 : 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
 constexpr int HALF_A_TRIP = 250;  // in clocks, of a load from L2 at its fastest
-// Copies of the same that are under way at a time while it may not have come, and clocks that one takes. Where
-// X is not apart it comes to where keys and values of actions were, which no late copy must follow.
+// Copies of the same that are under way at a time while it may not have come, and clocks that one takes.
+// Where X is not apart it comes to where keys and values of actions were, which no late copy must follow.
 constexpr int FLIGHTS = X_APART ? 3 : 1, A_COPY = 660;
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
