@@ -59,13 +59,7 @@ struct Turns {
 using Pair = conditional<OUT_FP8, unsigned short, u32>::type;
 constexpr int PAIRS = EPILOGUE == GATED ? 2 : 4;
 __device__ __forceinline__ Pair as_outputs(Pair v) { return v; }
-__device__ __forceinline__ Pair as_outputs(float2 v) {
-  if constexpr (OUT_FP8) {
-    return pack_e4m3(v.x, v.y);
-  } else {
-    return pack_bf16(v.x, v.y);
-  }
-}
+__device__ __forceinline__ Pair as_outputs(float2 v) { return pack_pair<OUT_FP8>(v.x, v.y); }
 // What they are until they are stored. Rotations leave no registers in which to pack them earlier.
 using Finished = conditional<EPILOGUE == GATED || GELU, Pair, float2>::type;
 
@@ -118,7 +112,7 @@ struct Warp {
       return gelu_e4m3(pack_f16(even, odd), pack_f16(factor, factor));
     } else {
       even = gelu_product(even, 0.5f * even), odd = gelu_product(odd, 0.5f * odd);
-      return as_outputs(make_float2(even * factor, odd * factor));
+      return pack_pair<OUT_FP8>(even * factor, odd * factor);
     }
   }
 
@@ -160,7 +154,7 @@ struct Warp {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float other = __shfl_xor_sync(~0u, right ? v[row] : v[2 + row], 1);
-      out[row] = as_outputs(make_float2(right ? other : v[row], right ? v[2 + row] : other));
+      out[row] = pack_pair<OUT_FP8>(right ? other : v[row], right ? v[2 + row] : other);
     }
   }
 

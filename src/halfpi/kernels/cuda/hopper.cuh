@@ -453,12 +453,16 @@ __device__ __forceinline__ uint2 eight_e4m3(const float (&v)[8], float factor) {
 
 // Two neighbours as an output.
 template <bool E4M3>
-__device__ __forceinline__ void store_pair(u32 to, float even, float odd) {
+__device__ __forceinline__ auto pack_pair(float even, float odd) {
   if constexpr (E4M3) {
-    store_shared(to, pack_e4m3(even, odd));
+    return pack_e4m3(even, odd);
   } else {
-    store_shared(to, pack_bf16(even, odd));
+    return pack_bf16(even, odd);
   }
+}
+template <bool E4M3>
+__device__ __forceinline__ void store_pair(u32 to, float even, float odd) {
+  store_shared(to, pack_pair<E4M3>(even, odd));
 }
 
 // A chunk of eight of a row of outputs; E4M3 has it times `factor`.
