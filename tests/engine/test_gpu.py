@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import build_pi05
+from tests.engine.conftest import assert_calls_equal_fresh_captures
 
 from halfpi.config import PRESETS, EngineConfig, Pi05Config
 from halfpi.engine import EagerEngine, Engine, make_engine
@@ -124,24 +125,17 @@ def test_fp8_is_close_to_its_imitation(config: Pi05Config) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_thousand_calls_equal_fresh_captures(model: Pi05, scales: Scales, precision: str) -> None:
     """Any prompt, cameras and noise through one engine, in any order, give the same bits."""
-    chosen = scales if precision == "fp8" else None
-    engine = planned(model, chosen)
     rng = random.Random(0)
-    cases = [(rng.randrange(4), rng.randint(1, NANO.max_prompt_tokens), n) for n in range(50)]
-    fresh = {}
-    for number in range(0, 50, 10):
-        other = planned(model, chosen)
-        for case in cases[number : number + 10]:
-            fresh[case] = run(other, case)
-    for _ in range(1000):
-        case = rng.choice(cases)
-        assert torch.equal(run(engine, case), fresh[case]), case
-
-
-def run(engine: Engine, case: tuple[int, int, int]) -> torch.Tensor:
-    cameras, length, seed = case
-    actions, _ = engine.run(inputs_with(SETS[cameras], length, seed), noise(seed), STEPS)
-    return actions
+    calls = [
+        (
+            inputs_with(rng.choice(SETS), rng.randint(1, NANO.max_prompt_tokens), seed),
+            noise(seed),
+            STEPS,
+        )
+        for seed in range(50)
+    ]
+    chosen = scales if precision == "fp8" else None
+    assert_calls_equal_fresh_captures(lambda: planned(model, chosen), calls)
 
 
 def test_garbage_is_left_alone_while_a_graph_is_captured() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -20,7 +22,7 @@ from halfpi.kernels.cuda_source import is_available, ptx, report
 from halfpi.kernels.hopper_linear import Variant, hopper_linear, shared_bytes
 from halfpi.kernels.hopper_norm import hopper_norm as norm
 from halfpi.kernels.launches import hopper_launches
-from halfpi.kernels.spec import FP8, Case, Device, Launch
+from halfpi.kernels.spec import FP8, FP8_MAX, Case, Device, Launch
 from halfpi.kernels.tile import TileLaunch
 
 BF16 = torch.bfloat16
@@ -206,6 +208,34 @@ def test_error_rule_and_equal_bits(
     quantises = dtype == FP8 and kernel in ("geglu", "linear")
     case = Case(kernel, sizes, dtype, FP8 if quantises else BF16)
     checked_twice(kernel, case, hopper(*tile, dtype, **knobs))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("programs", [0, 2])  # finished at once, or while the next is multiplied
+def test_gates_and_ups_of_any_size_become_e4m3(programs: int) -> None:
+    """Their GELU is in half precision: what is beyond it is its largest number, and NaN stays."""
+    sizes = torch.tensor([0, 1e-3, 0.5, 2, 5, 300, 6e4, 1e6, 1e30], dtype=torch.float64)
+    signed = torch.cat([-sizes, sizes, sizes.new_tensor([math.nan])]).to("cuda", BF16)
+    gate, up = signed.repeat_interleave(len(signed)), signed.repeat(len(signed))
+    pairs = 16 * math.ceil(len(gate) / 16)
+    weight = torch.zeros(2 * pairs, 64, dtype=BF16, device="cuda")
+    weight[: 2 * len(gate) : 2, 0], weight[1 : 2 * len(gate) : 2, 0] = gate, up
+    x = torch.zeros(300, 64, dtype=BF16, device="cuda")
+    x[:, 0] = 1
+    scale = torch.tensor([100.0], device="cuda")
+    out = torch.empty(300, pairs, dtype=FP8, device="cuda")
+    launch = hopper(2, 96, BF16, programs=programs)
+    hopper_linear(x, weight, out, launch, gated=True, scale=scale)
+    largest = torch.finfo(torch.float16).max
+    gate, up = (v.double().clamp(-largest, largest) for v in (gate, up / scale))
+    expected = F.gelu(gate, approximate="tanh") * up
+    actual = out[:, : len(gate)].double()
+    assert torch.equal(actual.isnan(), expected.isnan().expand_as(actual))
+    # Half a step of E4M3, normal or not, and where tanh is not yet one, its error.
+    error = expected.abs() / 16 + 2.0**-10 + 2.0**-9 * (gate * up).abs() * (gate.abs() < 10)
+    expected = expected.clamp(-FP8_MAX, FP8_MAX)
+    assert ((actual - expected).abs() <= error).logical_or(expected.isnan()).all()
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from halfpi.model import Pi05
 from halfpi.policy import Policy
 from halfpi.quant import DispersionWarning, Scales, calibrate, quantised_sites
+from halfpi.quant.scales import SMALLEST_INPUT_SCALE
 from halfpi.types import Observation
 
 Infer = Callable[[Observation], object]
@@ -87,6 +88,16 @@ def test_the_expert_has_the_scale_of_each_step(
     by_step = [max(largest[step::4]) for step in range(4)]
     assert len(set(by_step)) == 4
     assert [scale * 448 for scale in scales.sites[site].input] == pytest.approx(by_step)
+
+
+def test_the_scale_of_tiny_inputs_has_a_reciprocal_in_half_precision(
+    model: Pi05, policy: Policy, observations: list[Observation]
+) -> None:
+    name = "vision.layers.0.mlp.fc2"
+    infer = amplified(policy.infer, model.get_submodule(name), [1e-6] * len(observations))
+    (scale,) = calibrate(model, infer, observations).sites[name].input
+    assert scale == SMALLEST_INPUT_SCALE
+    assert torch.tensor(1 / scale).half().isfinite()
 
 
 def test_the_weight_scale_is_of_the_packed_weight(model: Pi05, scales: Scales) -> None:

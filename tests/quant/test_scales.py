@@ -86,6 +86,10 @@ def test_scales_outlive_a_conversion_that_keeps_the_weights(
             r"wrong: vision\.layers\.0\.mlp\.fc1",
         ),
         (
+            lambda data: data["sites"]["vision.layers.0.mlp.fc2"].update(input=[2e-5]),
+            r"inputs' at least 3.05e-05\): wrong: vision\.layers\.0\.mlp\.fc2",
+        ),
+        (
             lambda data: data["sites"]["vision.layers.0.mlp.fc1"].update(input=["1"]),
             r"vision\.layers\.0\.mlp\.fc1: 'input' must be of type float, got '1'",
         ),

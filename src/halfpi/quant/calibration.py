@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from halfpi.checkpoints.errors import listing
 from halfpi.model import Pi05
 from halfpi.quant.formats import scale_for
-from halfpi.quant.scales import Scales, SiteScales
+from halfpi.quant.scales import SMALLEST_INPUT_SCALE, Scales, SiteScales
 from halfpi.quant.sites import Site, quantised_sites
 from halfpi.types import Observation
 
@@ -73,7 +73,7 @@ def calibrate(
         sites={
             site.name: SiteScales(
                 weight=_rounded(weight_scale(model, site)),
-                input=tuple(_rounded(scale_for(each)) for each in inputs[site.name].tolist()),
+                input=tuple(map(_input_scale, inputs[site.name].tolist())),
             )
             for site in sites
         },
@@ -84,6 +84,10 @@ def weight_scale(model: nn.Module, site: Site) -> float:
     """The scale of the packed weight of `site`."""
     weights = (linear.weight.detach() for linear in site.layers(model))
     return scale_for(max(float(weight.abs().amax()) for weight in weights))
+
+
+def _input_scale(largest: float) -> float:
+    return max(_rounded(scale_for(largest)), SMALLEST_INPUT_SCALE)
 
 
 def _rounded(scale: float) -> float:

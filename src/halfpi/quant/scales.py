@@ -21,13 +21,16 @@ from halfpi.quant.sites import Site, quantised_sites
 
 SCALES = "fp8_scales.json"
 _VERSION = 1
+# Kernels finish GELU in half precision, which does not hold the reciprocal of a smaller one. Inputs
+# that would do with less lose nothing, because E4M3 is as precise far below its largest value.
+SMALLEST_INPUT_SCALE = 2.0**-15
 
 
 @dataclass(frozen=True)
 class SiteScales:
     """The scales of one site: of its packed weight, and of its input, one a denoising step.
 
-    Outside the expert the input has one scale.
+    Outside the expert the input has one scale. No input's is below `SMALLEST_INPUT_SCALE`.
     """
 
     weight: float
@@ -62,14 +65,17 @@ class Scales:
         if found:
             raise ValueError(
                 f"scales do not fit the model (positive, {self.num_steps} a site of the expert, "
-                f"one elsewhere): {'; '.join(found)}"
+                f"one elsewhere, inputs' at least {SMALLEST_INPUT_SCALE:.3g}): {'; '.join(found)}"
             )
 
     def _fits(self, site: Site) -> bool:
         scales = self.sites[site.name]
         count = self.num_steps if site.per_step else 1
-        values = (scales.weight, *scales.input)
-        return len(scales.input) == count > 0 and all(0 < value < math.inf for value in values)
+        return (
+            len(scales.input) == count > 0
+            and 0 < scales.weight < math.inf
+            and all(SMALLEST_INPUT_SCALE <= value < math.inf for value in scales.input)
+        )
 
 
 def save_scales(scales: Scales, checkpoint: Checkpoint) -> Path:
