@@ -34,9 +34,6 @@ constexpr bool X_APART = FEW && FP8;
 constexpr int PIECES = X_APART ? 2 : 4, PIECE_CHUNKS = WIDTH / CHUNK / PIECES;  // of X
 
 constexpr int HALF_A_TRIP = 250;  // in clocks, of a load from L2 at its fastest
-// Copies of the same that are under way at a time while it may not have come, and clocks that one takes.
-// Where X is not apart it comes to where keys and values of actions were, which no late copy must follow.
-constexpr int FLIGHTS = X_APART ? 3 : 1, A_COPY = 660;
 constexpr float EPS = 1e-6f;
 constexpr float LOGIT_SCALE = 0.0625f * 1.44269504f;  // 1/√k · log2 e
 using Format = hopper::conditional<FP8, hopper::E4m3, hopper::Bf16>::type;
@@ -73,9 +70,9 @@ constexpr int BARRIERS = SHARED_BYTES - 1024, SLOTS = (BARRIERS - RING) / UNIT;
 static_assert(SLOTS >= KEY_UNITS, "a group that skips values knows the parities of their slots");
 constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * SLOTS, X_FULL = EMPTY + 8 * SLOTS;
 constexpr int X_COPIED = X_FULL + 8 * PIECES;
-constexpr int QUERIES_FULL = X_COPIED + 8 * (PIECES + FLIGHTS - 1), MERGED_FULL = QUERIES_FULL + 8 * PEERS;
+constexpr int QUERIES_FULL = X_COPIED + 8 * PIECES, MERGED_FULL = QUERIES_FULL + 8 * PEERS;
 constexpr int HIDDEN_FULL = MERGED_FULL + 8 * PEERS, AVERAGES_FULL = HIDDEN_FULL + 8 * PEERS;
-constexpr int RECENT_COPIED = AVERAGES_FULL + 8, RECENT_FULL = RECENT_COPIED + 8 * FLIGHTS;
+constexpr int RECENT_COPIED = AVERAGES_FULL + 8, RECENT_FULL = RECENT_COPIED + 8;
 constexpr int RECENT_STORED = RECENT_FULL + 8, X_FREE = RECENT_STORED + 8, SUMS_STORED = X_FREE + 8;
 constexpr int SQUARES = (SUMS_STORED + 8 + 15) / 16 * 16, ACTIONS = SQUARES + 64;
 static_assert(ACTIONS + 256 <= SHARED_BYTES, "barriers and small things fit");

@@ -101,49 +101,28 @@ __device__ __forceinline__ bool some_blank_chunk(const Block& b, u32 copy) {
   return __any_sync(~0u, some);
 }
 
-struct Nothing {
-  __device__ __forceinline__ void operator()() const {}
-};
-
-// Copies of what several blocks write, COUNT under way at a time, until nothing in one is blank. Those that
-// follow it bring the same.
-template <int COUNT>
+// Copies of what several blocks write, one after another, until nothing in one is blank. Two must not be under
+// way to the same place: a later one may read something earlier, and bring it after all has come.
 struct Copies {
   u32 to;
   const char* from;
-  u32 bytes, copied, full;  // barriers: COUNT of those, and nothing is blank
+  u32 bytes, copied, full;  // barriers: one is there, and nothing in it is blank
 
-  __device__ __forceinline__ void start(int flight) const {
-    if (!elected()) return;
-    mbarrier_expect(copied + 8 * flight, bytes);
-    bulk_copy(to, from, bytes, copied + 8 * flight);
-  }
   __device__ __forceinline__ void start() const {
-#pragma unroll
-    for (int flight = 0; flight < COUNT; ++flight) {
-      if (flight) pause(A_COPY / COUNT);
-      start(flight);
-    }
+    if (!elected()) return;
+    mbarrier_expect(copied, bytes);
+    bulk_copy(to, from, bytes, copied);
   }
-  __device__ __forceinline__ void end(int flight, u32& parities) const {
-    wait(copied + 8 * flight, parities >> flight & 1);
-    parities ^= 1 << flight;
-  }
-  // then(): as soon as it has come.
-  template <typename SomeBlank, typename Then = Nothing>
-  __device__ __forceinline__ void finish(u32& parities, SomeBlank some_blank, Then then = {}) const {
+  template <typename SomeBlank>
+  __device__ __forceinline__ void finish(u32& parity, SomeBlank some_blank) const {
     Watchdog watchdog;
-    int flight = 0;
-    for (;; flight = (flight + 1) % COUNT) {
-      end(flight, parities);
+    for (;; start()) {
+      wait(copied, parity);
+      parity ^= 1;
       if (!some_blank()) break;
-      start(flight);
       watchdog.check();
     }
     if (elected()) mbarrier_arrive(full, 1);
-    then();
-#pragma unroll
-    for (int i = 1; i < COUNT; ++i) end((flight + i) % COUNT, parities);
   }
 };
 
@@ -155,32 +134,19 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
 #pragma unroll 1
   for (int exchange = 0; exchange < STEPS * DEPTH * 2; ++exchange) {
     const char* from = b.buffers + X + exchange % 2 * X_BYTES;
-    const auto some_blank = [&](int i) {
-      return [&b, i] { return some_blank_line<PIECE / LINE>(b, b.shared + X_AT + i * PIECE); };
+    const auto piece = [&](int i) {
+      return Copies{b.shared + X_AT + i * PIECE, from + i * PIECE, PIECE, b.shared + X_COPIED + 8 * i,
+                    b.shared + X_FULL + 8 * i};
     };
-    const auto others = [&](int i) {
-      const u32 copied = b.shared + X_COPIED + 8 * (FLIGHTS - 1 + i);
-      return Copies<1>{b.shared + X_AT + i * PIECE, from + i * PIECE, PIECE, copied,
-                       b.shared + X_FULL + 8 * i};
-    };
-    const auto start_others = [&] {
+    if (X_APART && exchange) wait(b.shared + SUMS_STORED, (exchange - 1) % 2);
+    await(place(b.counters, ROWS_DONE), (exchange + !X_APART) * ROWS);
 #pragma unroll
-      for (int i = 1; i < PIECES; ++i) others(i).start();
-    };
-    const Copies<FLIGHTS> first{b.shared + X_AT, from, PIECE, b.shared + X_COPIED, b.shared + X_FULL};
-    if (X_APART) {
-      if (exchange) wait(b.shared + SUMS_STORED, (exchange - 1) % 2);
-      await(place(b.counters, ROWS_DONE), exchange * ROWS);
-      first.start();
-      first.finish(parities[0], some_blank(0), start_others);
-    } else {
-      await(place(b.counters, ROWS_DONE), (exchange + 1) * ROWS);
-      first.start();
-      start_others();
-      first.finish(parities[0], some_blank(0));
+    for (int i = 0; i < (X_APART ? 1 : PIECES); ++i) piece(i).start();
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      piece(i).finish(parities[i], [&] { return some_blank_line<PIECE / LINE>(b, piece(i).to); });
+      if (X_APART && i + 1 < PIECES) piece(i + 1).start();
     }
-#pragma unroll
-    for (int i = 1; i < PIECES; ++i) others(i).finish(parities[i], some_blank(i));
   }
 }
 
@@ -196,16 +162,16 @@ __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
 
 // Keys and values of the actions, copied from when this block's are stored until all have come.
 __device__ __forceinline__ void fetch_recent(const Block& b) {
-  u32 parities = 0;
+  u32 parity = 0;
 #pragma unroll 1
   for (int layer = 0; layer < STEPS * DEPTH; ++layer) {
     wait(b.shared + RECENT_STORED, layer & 1);
     await(place(b.counters, RECENT_DONE), layer * BLOCKS);
-    const Copies<FLIGHTS> copies{
+    const Copies copies{
         b.shared + RECENT_KEYS, b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
         RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
     copies.start();
-    copies.finish(parities, [&] { return some_blank_chunk(b, copies.to); });
+    copies.finish(parity, [&] { return some_blank_chunk(b, copies.to); });
     blank_recent(b, layer + 1);
     if (elected()) arrive(place(b.counters, RECENT_DONE));
   }
