@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 NANO = PRESETS["nano"]
-# With π0.5's own SigLIP, but for its depth: on Hopper one kernel in fp8, for one or two cameras.
+# With π0.5's own SigLIP, but for its depth: on Hopper one kernel in fp8.
 SIGLIP = dataclasses.replace(
     NANO, image_size=224, vision_width=1152, vision_mlp=4304, vision_depth=4, vision_heads=16
 )

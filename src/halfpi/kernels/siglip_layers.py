@@ -1,9 +1,9 @@
 """All layers of SigLIP as one CUDA kernel for Hopper, in E4M3, for a few images.
 
-With 256 or 512 rows a product takes as long as the launch of the next and the way of rows through
-the memory. Here a block has a head and a sixteenth of every other product's columns, for 64 rows,
-from the first layer to the last: it streams weights ahead of what it depends on, the residual never
-leaves its registers, and blocks hand rows to each other without a launch. The CUDA source,
+With so few rows a product takes as long as the launch of the next and the way of rows through the
+memory. Here a block has a head and a sixteenth of every other product's columns, for 64 or 128
+rows, from the first layer to the last: it streams weights ahead of what it depends on, the residual
+never leaves its registers, and blocks hand rows to each other without a launch. The CUDA source,
 `cuda/siglip_layers.cu`, is compiled at run time (extra `hopper`).
 """
 
@@ -41,13 +41,14 @@ _VECTORS = (
     "mlp_shift",
     "fc2_bias",
 )
-_ROWS, _THREADS = 64, 256  # of a block
+_GROUP_ROWS = 64  # of 128 threads, of which a block has one group or two
+_COPYING = 128  # threads that bring what those multiply
 # Hidden columns of a block in the first of two parts; those of all blocks come before the second.
 _FIRST = 2 * HEAD_DIM
 # A flag's number tells launches and layers apart, and marks of statistics have five bits.
 _FEWEST_LAYERS, _MOST_LAYERS = 4, 31
 _FLAG_LINE = 32  # words
-_SHARED_BYTES = 227_072
+_SHARED_BYTES = 232_448
 
 
 @dataclass(frozen=True)
@@ -154,18 +155,23 @@ def block_constants(weights: SiglipWeights) -> Tensor:
     return torch.cat([*columns, numbers[:, None].expand(-1, HEADS, -1)], 2).contiguous()
 
 
+def groups_of(images: int, device: Device) -> int:
+    """Of a block, for so many images: two where else not all blocks would run at a time."""
+    return 1 if _blocks(images, 1) <= device.multiprocessors else 2
+
+
 def supports(images: int, depth: int, device: Device) -> bool:
     """Whether all blocks for so many images run at a time on `device`, which a launch needs."""
     return (
         device.capability == 90
         and is_available()
         and _FEWEST_LAYERS <= depth <= _MOST_LAYERS
-        and _blocks(images) <= device.multiprocessors
+        and _blocks(images, groups_of(images, device)) <= device.multiprocessors
     )
 
 
-def _blocks(images: int) -> int:
-    return images * TOKENS // _ROWS * HEADS
+def _blocks(images: int, groups: int) -> int:
+    return images * TOKENS // (groups * _GROUP_ROWS) * HEADS
 
 
 class SiglipLayers:
@@ -183,7 +189,7 @@ class SiglipLayers:
         """
         weights.check()
         self.images = images
-        self._weights = weights
+        self._weights, self._device = weights, device
         rows = images * TOKENS
         shapes = {
             "normed": (rows, WIDTH, FP8),
@@ -197,17 +203,40 @@ class SiglipLayers:
         }
         # Blocks tell by these what is new (cuda/siglip_block.cuh).
         self._statistics = torch.zeros(2 * rows * HEADS, dtype=torch.int64, device=device)
-        # Of four kinds of rows of 64, and of two places of keys and values of each head.
-        lines = images * (4 * TOKENS // _ROWS + 2 * 2 * HEADS)
-        self._flags = torch.zeros(lines, _FLAG_LINE, dtype=torch.int32, device=device)
         self._constants = block_constants(weights)
-        maps = [(getattr(weights, name).flatten(0, 1), HEAD_DIM, LINE_BYTES) for name in _SHAPES]
-        maps += [(self._buffers[name], _ROWS, LINE_BYTES) for name in ("normed", "mixed", "hidden")]
-        maps += [(self._buffers["keys"], _ROWS, line) for line in (LINE_BYTES, 32)]
-        self._maps = [tensor_map(tensor, (m, line // tensor.itemsize)) for tensor, m, line in maps]
-        self._kernel = load(
-            "siglip_layers", defines(weights.depth), device, _THREADS, cooperative=True
+        self._limits = Device.of(device)
+        self._launches = {
+            groups: self._launch(groups)
+            for groups in {groups_of(count, self._limits) for count in range(1, images + 1)}
+        }
+
+    def _launch(self, groups: int) -> Callable[[Tensor, int], None]:
+        """The kernel whose blocks have so many groups, on the residual of so many images."""
+        rows, device = groups * _GROUP_ROWS, self._device
+        # Of four kinds of a block's rows, and of two places of keys and values of each head.
+        lines = self.images * (4 * TOKENS // rows + 2 * 2 * HEADS)
+        flags = torch.zeros(lines, _FLAG_LINE, dtype=torch.int32, device=device)
+        boxes = [
+            (getattr(self._weights, name).flatten(0, 1), HEAD_DIM, LINE_BYTES) for name in _SHAPES
+        ]
+        boxes += [(self._buffers[name], rows, LINE_BYTES) for name in ("normed", "mixed", "hidden")]
+        boxes += [(self._buffers["keys"], rows, line) for line in (LINE_BYTES, 32)]
+        maps = [tensor_map(tensor, (m, line // tensor.itemsize)) for tensor, m, line in boxes]
+        kernel = load(
+            "siglip_layers",
+            defines(self._weights.depth, groups),
+            device,
+            2 * _GROUP_ROWS * groups + _COPYING,
+            cooperative=True,
         )
+
+        def launch(residual: Tensor, images: int) -> None:
+            kernel(
+                (_blocks(images, groups),), *maps, self._constants, residual,
+                *self._buffers.values(), self._statistics, flags, images,
+            )  # fmt: skip
+
+        return launch
 
     def __call__(self, residual: Tensor) -> None:
         """Make of `residual` what the layers leave of it, on torch's current stream.
@@ -220,12 +249,14 @@ class SiglipLayers:
         check("residual", residual, (images * TOKENS, WIDTH), torch.bfloat16)
         if not 1 <= images <= self.images:
             raise ValueError(f"residual must be of 1 to {self.images} images, got {images}")
-        self._kernel(
-            (_blocks(images),), *self._maps, self._constants, residual, *self._buffers.values(),
-            self._statistics, self._flags, images,
-        )  # fmt: skip
+        self._launches[groups_of(images, self._limits)](residual, images)
 
 
-def defines(depth: int) -> dict[str, float]:
+def defines(depth: int, groups: int) -> dict[str, float]:
     """The macros of `cuda/siglip_layers.cu`."""
-    return {"DEPTH": depth, "EPSILON": NORM_EPS, "SHARED_BYTES": _SHARED_BYTES}
+    return {
+        "DEPTH": depth,
+        "GROUPS": groups,
+        "EPSILON": NORM_EPS,
+        "SHARED_BYTES": _SHARED_BYTES,
+    }

@@ -1,9 +1,9 @@
 // What the threads of a block of siglip_layers.cu share: shared memory, its barriers, and how blocks hand
 // rows to each other.
 //
-// A block has 64 rows of an image, and of each product's columns a sixteenth: its head's, or as many. So
-// sixteen blocks have the same rows, a team, and nobody else needs those, but for keys and values, which the
-// image's three other blocks with this head read. Rows go through the L2. A block that has stored its part of
+// A block has the rows of an image that its groups of 128 threads have, 64 each, and of each product's columns
+// a sixteenth: its head's, or as many. So sixteen blocks have the same rows, a team, and nobody else needs
+// those, but for keys and values, which the image's other blocks with this head read. Rows go through the L2. A block that has stored its part of
 // them tells so with a flag of its own, a word with a number that differs from the one before; those that
 // launches leave (DEPTH, 2 DEPTH, DEPTH - 1) differ from the first (1, 2). No buffer needs another copy but
 // for keys and values: whoever writes one again has waited, directly or through others, for all that read it
@@ -16,21 +16,19 @@ namespace {
 using namespace siglip;
 
 constexpr int HEADS = 16, WIDTH = HEADS * HEAD, HIDDEN = 4352;
-constexpr int ROWS = 64, WARPS = 4, TEAMS = TOKENS / ROWS;  // of an image
+constexpr int ROWS = 64 * GROUPS, WARPS = 4 * GROUPS, TEAMS = TOKENS / ROWS;  // of an image
 // The hidden columns of a block come in two parts, each between those of the other blocks.
 constexpr int FIRST = 2 * HEAD, LAST = HIDDEN / HEADS - FIRST, LAST_BEGIN = HEADS * FIRST;
 
 // Operands come as lines of 128 bytes of a row, in a ring of lines of all rows, and one of units: lines of 72
 // columns of weights.
-constexpr int LINE = 128, X_LINE = ROWS * LINE, X_LINES = 10, UNIT = HEAD * LINE, UNITS = 14;
+constexpr int LINE = 128, X_LINE = ROWS * LINE, UNIT = HEAD * LINE;
 constexpr int NORMED_LINES = WIDTH / LINE, MIXED_LINES = 2 * WIDTH / LINE;
 constexpr int FIRST_LINES = LAST_BEGIN / LINE, HIDDEN_LINES = HIDDEN / LINE;
 // Of a line, units that are multiplied together lie side by side, for which one is left out behind the keys'.
 constexpr int PAIR = 2, LEFT_OUT = 1;
-static_assert(UNITS % PAIR == 0 && (NORMED_LINES + LEFT_OUT) % PAIR == 0 && MIXED_LINES % PAIR == 0 &&
-                  HIDDEN_LINES % PAIR == 0,
+static_assert((NORMED_LINES + LEFT_OUT) % PAIR == 0 && MIXED_LINES % PAIR == 0 && HIDDEN_LINES % PAIR == 0,
               "pairs do not wrap");
-static_assert(X_LINES >= NORMED_LINES, "normed rows are multiplied twice");
 
 // Constants of a layer and a block, fp32: vectors for its columns, and numbers.
 enum Vector { QUERY_BIAS, ATTN_GAIN, ATTN_SHIFT, OUT_BIAS, MLP_GAIN, MLP_SHIFT, FC2_BIAS, FC1_BIAS };
@@ -39,13 +37,18 @@ constexpr int NUMBERS_AT = FC1_BIAS * HEAD + FIRST + LAST, CONSTANTS = NUMBERS_A
 constexpr int CONSTANT_BYTES = CONSTANTS * 4;
 
 constexpr int PITCH = 2 * HEAD;  // bytes of a row that is staged
+// Normed rows are multiplied twice, for which their lines stay. Two groups' take so much that weights, which
+// have what is left, would not be far enough ahead: so some come AGAIN.
+constexpr int X_LINES = GROUPS > 1 ? 8 : 10, AGAIN = X_LINES < NORMED_LINES ? NORMED_LINES - X_LINES : 0;
+constexpr int UNITS =
+    (SHARED_BYTES - X_LINES * X_LINE - ROWS * PITCH - 2 * CONSTANT_BYTES - 512) / UNIT / PAIR * PAIR;
 constexpr int WEIGHTS = 0, X = WEIGHTS + UNITS * UNIT, STAGED = X + X_LINES * X_LINE;
 constexpr int CONSTANTS_AT = STAGED + ROWS * PITCH, BARRIERS = CONSTANTS_AT + 2 * CONSTANT_BYTES;
 constexpr int OTHERS = 2 * UNITS + 2 * X_LINES, BARRIER_COUNT = OTHERS + 6;
 static_assert(BARRIERS + 8 * BARRIER_COUNT <= SHARED_BYTES, "the launcher allocates what is used");
-// Where rows were, which attention does not need, are keys and then values.
-constexpr int OPERAND_LINES = X_LINES / 2;
-static_assert(OPERAND_LINES * X_LINE == OPERAND_BYTES, "keys and values take whole lines");
+// Where rows were, which attention does not need, are keys and then values, in the last lines.
+constexpr int OPERANDS = X_LINES * X_LINE - 2 * OPERAND_BYTES;
+static_assert(OPERANDS >= 0 && OPERANDS % 1024 == 0, "they have room there");
 static_assert(X % 1024 == 0 && CONSTANT_BYTES % 16 == 0 && BARRIERS % 8 == 0, "alignment");
 
 struct Arguments {
@@ -67,7 +70,7 @@ constexpr int FLAG_LINE = 32;
 struct Block {
   char* memory;
   u32 shared;
-  int lane, warp;
+  int lane, warp, group;  // of four warps
   int share, row;  // its head, its first row
   Arguments a;
 
@@ -101,7 +104,9 @@ struct Block {
   __device__ __forceinline__ int operand(int layer, int values) const {
     return ((layer % 2 * a.images + image()) * HEADS + share) * 2 + values;
   }
-  __device__ __forceinline__ u32 operand_at(int values) const { return shared + X + values * OPERAND_BYTES; }
+  __device__ __forceinline__ u32 operand_at(int values) const {
+    return shared + X + OPERANDS + values * OPERAND_BYTES;
+  }
   // Flags of the blocks with this head and image.
   __device__ __forceinline__ u32* operand_flags(int layer, int values) const {
     return a.flags + (KINDS * a.images * TEAMS + operand(layer, values)) * FLAG_LINE;

@@ -5,8 +5,8 @@
 
 namespace {
 
-// The 128 threads that multiply. Of products, a thread has two of each eight columns, of two rows, the second
-// eight further on.
+// The threads that multiply, 128 for each 64 rows. Of products, a thread has two of each eight columns, of two
+// rows, the second eight further on.
 struct Group {
   const Block& b;
   RingCursor<X_LINES> x_at;
@@ -58,19 +58,20 @@ struct Group {
   // sums += a line of rows times a line of STEP units of weights, once they are there.
   template <class Format, int STEP, int N>
   __device__ __forceinline__ void begin_products(float (&sums)[N]) const {
-    const Swizzled rows(b.shared + X + x_at.slot * X_LINE), columns(b.shared + WEIGHTS + at.slot * UNIT);
+    const Swizzled rows(b.shared + X + x_at.slot * X_LINE + b.group * (64 * LINE));
+    const Swizzled columns(b.shared + WEIGHTS + at.slot * UNIT);
     wait(b.line_full(x_at.slot), x_at.parity);
 #pragma unroll
     for (int i = 0; i < STEP; ++i) wait(b.unit_full(at.slot + i), at.parity);
     begin_line<Format>(sums, rows, columns);
   }
-  // Of a line whose products are done. Rows that are multiplied again stay.
-  template <int STEP, bool STAY>
-  __device__ __forceinline__ void release(int x_slot, int slot) const {
-    if (!STAY && b.lane == 0) mbarrier_arrive(b.line_empty(x_slot), 1);
+  // Of a line whose products are done.
+  template <int STEP>
+  __device__ __forceinline__ void release(int x_slot, int slot, bool stays) const {
+    if (!stays && b.lane == 0) mbarrier_arrive(b.line_empty(x_slot), 1);
     if (b.lane < STEP) mbarrier_arrive(b.unit_empty(slot + b.lane), 1);
   }
-  // sums = all of LINES lines.
+  // sums = all of LINES lines. STAY: rows are multiplied again, from the first line on that stays.
   template <class Format, int LINES, int STEP = 1, bool STAY = false, int N>
   __device__ __forceinline__ void multiply(float (&sums)[N]) {
     const RingCursor<X_LINES> begin = x_at;
@@ -80,15 +81,15 @@ struct Group {
     for (int line = 0; line < LINES; ++line) {
       begin_products<Format, STEP>(sums);
       wgmma_wait<1>();
-      if (line > 0) release<STEP, STAY>(x_before, before);
+      if (line > 0) release<STEP>(x_before, before, STAY && line > AGAIN);
       x_before = x_at.slot, before = at.slot;
       x_at.advance();
       at.advance(STEP);
     }
     wgmma_wait<0>();
     settle(sums);
-    release<STEP, STAY>(x_before, before);
-    if (STAY) x_at = begin;
+    release<STEP>(x_before, before, STAY);
+    if (STAY) x_at = begin, x_at.advance(AGAIN);
   }
   __device__ __forceinline__ void leave_out() {
     wait(b.unit_full(at.slot), at.parity);

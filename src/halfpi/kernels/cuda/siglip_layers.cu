@@ -50,7 +50,7 @@ struct Layers : Residual {
     keep(queries);
     Softmax softmax;
     softmax.add<TOKENS / 2>(logits, b.operand_at(1), [&] { wait_together(b.operand_full(1), layer % 2); });
-    softmax.store<false>(b.shared + STAGED, 1.0f);
+    softmax.store<false>(b.shared + STAGED + b.group * 64 * PITCH, 1.0f);
     copy_out<uint4, HEAD / 8>(b.a.mixed_rows + (long(warp_row()) * WIDTH + b.share * HEAD) * 2, 2 * WIDTH);
     meet();
   }
@@ -142,12 +142,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 128, 1)
   const Arguments a{qkv, out, fc1, fc2, normed_map, mixed_map, hidden_map, most, rest, constants,
                     residual, normed, mixed, hidden, keys, statistics, flags, int(images)};
   const int lane = threadIdx.x % 32, share = blockIdx.x % HEADS, row = blockIdx.x / HEADS * ROWS;
-  const Block b{memory, shared_address(memory), lane, uniform(threadIdx.x / 32), share, row, a};
+  const int warp = uniform(threadIdx.x / 32);
+  const Block b{memory, shared_address(memory), lane, warp, warp / 4, share, row, a};
   if (threadIdx.x == 0) b.init_barriers();
   __syncthreads();
   if (b.warp < WARPS) {
+    if (GROUPS > 1) more_registers<232>();  // than an even share
     Layers(b).run();
-  } else if (b.warp == WARPS) {
+    return;
+  }
+  if (GROUPS > 1) fewer_registers<40>();
+  if (b.warp == WARPS) {
     if (elected()) WeightFiller{b}.fill();
   } else if (b.warp == WARPS + 1) {
     RowFiller{b}.fill();

@@ -21,6 +21,8 @@ struct WeightFiller {
     mbarrier_arrive(b.unit_full(at.slot), 1);
     at.advance();
   }
+  // The line of normed rows that is the i-th when they are multiplied again.
+  __device__ static __forceinline__ int again(int i) { return (i + AGAIN) % NORMED_LINES; }
   __device__ __forceinline__ void bring_constants(int layer) const {
     wait(b.constants_empty(layer), layer / 2 % 2 ^ 1);
     mbarrier_expect(b.constants_full(layer), CONSTANT_BYTES);
@@ -37,9 +39,9 @@ struct WeightFiller {
       for (int line = 0; line < NORMED_LINES; ++line) bring(a.qkv, line, LINE, query + WIDTH);
       leave_out();
 #pragma unroll 1
-      for (int line = 0; line < NORMED_LINES; ++line) {
-        bring(a.qkv, line, LINE, query + 2 * WIDTH);
-        bring(a.qkv, line, LINE, query);
+      for (int i = 0; i < NORMED_LINES; ++i) {
+        bring(a.qkv, again(i), LINE, query + 2 * WIDTH);
+        bring(a.qkv, again(i), LINE, query);
       }
 #pragma unroll 1
       for (int line = 0; line < MIXED_LINES; ++line) bring(a.out, line, LINE / 2, row);
@@ -47,7 +49,8 @@ struct WeightFiller {
       for (int part = 0; part < 2; ++part) {
         const int first = layer * HIDDEN + (part ? LAST_BEGIN + b.share * LAST : b.share * FIRST);
 #pragma unroll 1
-        for (int line = 0; line < NORMED_LINES; ++line) {
+        for (int i = 0; i < NORMED_LINES; ++i) {
+          const int line = part ? again(i) : i;
           bring(a.fc1, line, LINE, first);
           bring(a.fc1, line, LINE, first + HEAD);  // of the last part, more than it has
         }
@@ -86,13 +89,17 @@ struct RowFiller {
     at.skip(last - first);
     __syncwarp();
   }
+  __device__ __forceinline__ void fill_normed(u32 number) {
+    fill(NORMED, number, b.a.normed, LINE, 0, NORMED_LINES);
+    if (AGAIN) fill(NORMED, number, b.a.normed, LINE, 0, AGAIN);
+  }
   // Keys or values of the image, in place of rows that have been read: those of each team as soon as it has
   // told of them.
   __device__ __forceinline__ void fill_operand(int layer, int values) const {
     if (elected()) mbarrier_expect(b.operand_full(values), OPERAND_BYTES);
 #pragma unroll 1
-    for (int i = 0; i < OPERAND_LINES; ++i) {
-      const int slot = values * OPERAND_LINES + i;
+    for (int at_byte = OPERANDS + values * OPERAND_BYTES, slot = at_byte / X_LINE;
+         slot * X_LINE < at_byte + OPERAND_BYTES; ++slot) {
       wait(b.line_empty(slot), at.parity_of(slot));
     }
     const u32* const flag = b.operand_flags(layer, values) + b.lane % TEAMS;
@@ -121,11 +128,11 @@ struct RowFiller {
     const Arguments& a = b.a;
 #pragma unroll 1
     for (int layer = 0; layer < DEPTH; ++layer) {
-      fill(NORMED, 2 * layer + 1, a.normed, LINE, 0, NORMED_LINES);
+      fill_normed(2 * layer + 1);
       fill_operand(layer, 0);
       fill_operand(layer, 1);
       fill(MIXED, layer + 1, a.mixed, LINE / 2, 0, MIXED_LINES);
-      fill(NORMED, 2 * layer + 2, a.normed, LINE, 0, NORMED_LINES);
+      fill_normed(2 * layer + 2);
       fill(HIDDEN_FIRST, layer + 1, a.hidden, LINE, 0, FIRST_LINES);
       fill(HIDDEN_LAST, layer + 1, a.hidden, LINE, FIRST_LINES, HIDDEN_LINES);
     }
