@@ -408,14 +408,15 @@ class TestOnHopper:
         assert torch.equal(first, second)
         assert torch.equal(first, third)
 
+    @pytest.mark.usefixtures("neighbour")
     @pytest.mark.parametrize("horizon", [50, 10])
     def test_no_launch_of_many_has_other_bits(self, precision: torch.dtype, horizon: int) -> None:
-        """What comes too late, or too early, shows in one launch of five hundred (docs/LOG.md)."""
+        """What comes too late, or too early, shows in one launch of hundreds (docs/LOG.md)."""
         case = Case(dataclasses.replace(FULL, horizon=horizon, precision=precision), 968)
         kernel = case.build()
         first = case.run(kernel)
         others = torch.zeros((), dtype=torch.int64, device="cuda")
-        for _ in range(3000):
+        for _ in range(1500):
             kernel._cache.fill_(0xFF)  # NaN, unless it is laid out in time
             others += (case.run(kernel) != first).any()
         assert int(others) == 0

@@ -266,6 +266,7 @@ def test_gelu_of_more_than_half_precision_holds() -> None:
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.usefixtures("neighbour")
 def test_launches_of_other_images_and_replays_have_the_same_bits() -> None:
     """What a launch leaves in flags and buffers is never taken for new."""
     problem, counts = Problem(DEPTH, 4), (1, 2, 3, 4)

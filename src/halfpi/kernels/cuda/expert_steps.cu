@@ -40,7 +40,7 @@ __device__ __forceinline__ void init_barriers(u32 shared) {
   for (int i = X_FULL; i <= RECENT_FULL; i += 8) mbarrier_init(shared + i, 1);
   mbarrier_init(shared + RECENT_STORED, 128);
   mbarrier_init(shared + X_FREE, PEERS);
-  mbarrier_init(shared + SUMS_STORED, 4 * GROUPS);
+  mbarrier_init(shared + SUMS_STORED, PEERS * WARPS);
   mbarriers_ready();
 }
 

@@ -126,8 +126,9 @@ struct Copies {
   }
 };
 
-// X, twice a layer. If it is apart, its first piece is copied from when this block's sums are stored until it
-// has come, and then the other.
+// X, twice a layer, once the whole cluster has stored its sums: then nobody reads, here or to send it to peers,
+// what X may replace. The counter alone would not do: a row counts when some of its sums are there. If X is
+// apart, its first piece is copied from then on until it has come, and then the other.
 __device__ __forceinline__ void fetch_rows(const Block& b) {
   constexpr int PIECE = X_BYTES / PIECES;
   u32 parities[PIECES] = {};
@@ -138,7 +139,7 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
       return Copies{b.shared + X_AT + i * PIECE, from + i * PIECE, PIECE, b.shared + X_COPIED + 8 * i,
                     b.shared + X_FULL + 8 * i};
     };
-    if (X_APART && exchange) wait(b.shared + SUMS_STORED, (exchange - 1) % 2);
+    if (exchange) wait(b.shared + SUMS_STORED, (exchange - 1) % 2);
     await(place(b.counters, ROWS_DONE), (exchange + !X_APART) * ROWS);
 #pragma unroll
     for (int i = 0; i < (X_APART ? 1 : PIECES); ++i) piece(i).start();

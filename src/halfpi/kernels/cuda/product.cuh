@@ -210,7 +210,7 @@ __device__ __forceinline__ void project(Block& b, bool mlp, const Scale& scale) 
     const u32 low = flipped_pair(sum, i, 0, alpha), high = flipped_pair(sum, i, 1, alpha);
     if (row < ROWS) store_relaxed(to + row * SUMS_BYTES, marked(low, high, mark));
   }
-  if (X_APART && elected()) mbarrier_arrive(b.shared + SUMS_STORED, 1);
+  if (b.lane < PEERS) mbarrier_arrive_at(in_block(b.shared + SUMS_STORED, b.lane));
 }
 
 // GELU(gate) · 2 up.
