@@ -101,8 +101,8 @@ __device__ __forceinline__ bool some_blank_chunk(const Block& b, u32 copy) {
   return __any_sync(~0u, some);
 }
 
-// Copies of what several blocks write, one after another, until nothing in one is blank. Two must not be under
-// way to the same place: a later one may read something earlier, and bring it after all has come.
+// Copies of what several blocks write, one after another, until nothing in one is blank. Two must not be
+// under way to the same place: a later one may read something earlier, and bring it after all has come.
 struct Copies {
   u32 to;
   const char* from;
@@ -126,9 +126,9 @@ struct Copies {
   }
 };
 
-// X, twice a layer, once the whole cluster has stored its sums: then nobody reads, here or to send it to peers,
-// what X may replace. The counter alone would not do: a row counts when some of its sums are there. If X is
-// apart, its first piece is copied from then on until it has come, and then the other.
+// X, twice a layer, once the whole cluster has stored its sums: then nobody reads, here or to send it to
+// peers, what X may replace. The counter alone would not do: a row counts when some of its sums are there.
+// If X is apart, its first piece is copied from then on until it has come, and then the other.
 __device__ __forceinline__ void fetch_rows(const Block& b) {
   constexpr int PIECE = X_BYTES / PIECES;
   u32 parities[PIECES] = {};

@@ -1,13 +1,13 @@
 // What the threads of a block of siglip_layers.cu share: shared memory, its barriers, and how blocks hand
 // rows to each other.
 //
-// A block has the rows of an image that its groups of 128 threads have, 64 each, and of each product's columns
-// a sixteenth: its head's, or as many. So sixteen blocks have the same rows, a team, and nobody else needs
-// those, but for keys and values, which the image's other blocks with this head read. Rows go through the L2. A block that has stored its part of
-// them tells so with a flag of its own, a word with a number that differs from the one before; those that
-// launches leave (DEPTH, 2 DEPTH, DEPTH - 1) differ from the first (1, 2). No buffer needs another copy but
-// for keys and values: whoever writes one again has waited, directly or through others, for all that read it
-// before.
+// A block has 64 rows of an image for each of its groups of 128 threads, and of each product's columns a
+// sixteenth: its head's, or as many. So sixteen blocks have the same rows, a team, and nobody else needs
+// those, but for keys and values, which the image's other blocks with this head read. Rows go through the
+// L2. A block that has stored its part of them tells so with a flag of its own, a word with a number that
+// differs from the one before; those that launches leave (DEPTH, 2 DEPTH, DEPTH - 1) differ from the first
+// (1, 2). No buffer needs another copy but for keys and values: whoever writes one again has waited,
+// directly or through others, for all that read it before.
 #pragma once
 #include "siglip.cuh"
 

@@ -5,8 +5,8 @@
 
 namespace {
 
-// The threads that multiply, 128 for each 64 rows. Of products, a thread has two of each eight columns, of two
-// rows, the second eight further on.
+// The threads that multiply, 128 for each 64 rows. Of products, a thread has two of each eight columns, of
+// two rows, the second eight further on.
 struct Group {
   const Block& b;
   RingCursor<X_LINES> x_at;

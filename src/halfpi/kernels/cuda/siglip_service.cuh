@@ -97,11 +97,9 @@ struct RowFiller {
   // told of them.
   __device__ __forceinline__ void fill_operand(int layer, int values) const {
     if (elected()) mbarrier_expect(b.operand_full(values), OPERAND_BYTES);
+    const int begin = OPERANDS + values * OPERAND_BYTES, end = begin + OPERAND_BYTES;
 #pragma unroll 1
-    for (int at_byte = OPERANDS + values * OPERAND_BYTES, slot = at_byte / X_LINE;
-         slot * X_LINE < at_byte + OPERAND_BYTES; ++slot) {
-      wait(b.line_empty(slot), at.parity_of(slot));
-    }
+    for (int slot = begin / X_LINE; slot * X_LINE < end; ++slot) wait(b.line_empty(slot), at.parity_of(slot));
     const u32* const flag = b.operand_flags(layer, values) + b.lane % TEAMS;
     Watchdog watchdog;
     for (u32 brought = 0;; nap<NAP>()) {
