@@ -1,11 +1,12 @@
-"""What tests of several layers share: small models whose every weight does something, openpi."""
+"""What tests of several layers share: small models whose every weight does something, openpi, and
+a neighbour on the GPU."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,32 @@ def build_pi05(config: Pi05Config = TINY, seed: int = 0) -> Pi05:
 def random_pi05() -> Callable[..., Pi05]:
     """`build_pi05`."""
     return build_pi05
+
+
+_NEIGHBOUR = """
+import torch
+x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+many = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+print("at work", flush=True)
+while True:
+    for _ in range(4):
+        x @ x
+        many.fill_(1)
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.fixture
+def neighbour() -> Iterator[None]:
+    """Another process on the GPU, for which a kernel is stopped anywhere and goes on later.
+
+    Blocks that wait for each other then are as far apart as they can be.
+    """
+    command = [sys.executable, "-c", _NEIGHBOUR]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "at work\n"
+            yield
+        finally:
+            process.kill()

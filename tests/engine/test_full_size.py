@@ -86,6 +86,7 @@ def test_actions_in_fp8_point_where_those_in_fp32_do(model: Pi05) -> None:
     assert torch.cosine_similarity(expected, actions, 0) >= 0.999
 
 
+@pytest.mark.usefixtures("neighbour")
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_thousand_calls_equal_fresh_captures(model: Pi05, precision: Precision) -> None:
     assert_calls_equal_fresh_captures(lambda: planned(model, precision), random_calls(model, 50))

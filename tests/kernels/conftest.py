@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,34 +19,6 @@ needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="no Hopper GPU",
 )
-
-_NEIGHBOUR = """
-import torch
-x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-many = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-print("at work", flush=True)
-while True:
-    for _ in range(4):
-        x @ x
-        many.fill_(1)
-    torch.cuda.synchronize()
-"""
-
-
-@pytest.fixture
-def neighbour() -> Iterator[None]:
-    """Another process on the GPU, for which a kernel is stopped anywhere and goes on later.
-
-    Blocks that wait for each other then are as far apart as they can be.
-    """
-    command = [sys.executable, "-c", _NEIGHBOUR]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "at work\n"
-            yield
-        finally:
-            process.kill()
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
