@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def calibrated(model: Pi05) -> Scales:
     return calibrate(model, infer, [None] * 6)  # type: ignore[list-item]
 
 
-def planned(model: Pi05, scales: Scales | None, **options: object) -> Engine:
+def planned(model: Pi05, scales: Scales | None, device: str = "cuda", **options: object) -> Engine:
     config = EngineConfig(
         "triton",
         "bf16" if scales is None else "fp8",
@@ -85,7 +86,7 @@ def planned(model: Pi05, scales: Scales | None, **options: object) -> Engine:
         max_prompt_tokens=NANO.max_prompt_tokens,
         **options,  # type: ignore[arg-type]
     )
-    return make_engine(model, config, device="cuda", scales=scales)
+    return make_engine(model, config, device=device, scales=scales)
 
 
 def test_bf16_errs_at_most_twice_what_eager_errs(model: Pi05) -> None:
@@ -151,6 +152,28 @@ def test_garbage_is_left_alone_while_a_graph_is_captured() -> None:
     before = x.item()
     replay()
     assert x.item() == before + 1
+
+
+def test_an_engine_is_made_beside_one_that_runs(model: Pi05) -> None:
+    """As a server does that reloads: nothing that one thread captures disturbs the other."""
+    engine, call = planned(model, None), (inputs_with(SETS[0], 20, 1), noise(1), STEPS)
+    expected, _ = engine.run(*call)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(planned, model, None)
+        calls = 0
+        while not made.done():
+            assert torch.equal(engine.run(*call)[0], expected)
+            calls += 1
+        assert calls > 10
+        assert torch.equal(made.result().run(*call)[0], expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_an_engine_runs_on_any_gpu(model: Pi05) -> None:
+    call = (inputs_with(SETS[0], 20, 1), noise(1), STEPS)
+    first, second = (planned(model, None, f"cuda:{index}").run(*call)[0] for index in range(2))
+    assert torch.equal(first, second)
+    assert torch.cuda.current_device() == 0
 
 
 def test_kept_parts_equal_recomputation(model: Pi05) -> None:

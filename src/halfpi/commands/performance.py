@@ -38,6 +38,8 @@ def bench(options: cli.Bench) -> None:
     """
     what = options.what
     device = torch.device(what.device or default_device())
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     records = []
     for record in _BENCHMARKS[type(what).__name__](what, device):
         records.append(record)

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -61,6 +62,17 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
 
 
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One beside the current stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all graphs of a GPU: on each stream, cuBLAS has a workspace of its own."""
+    return stream_of(device)
+
+
 class Graph:
     """The kernels that `work` enqueues, captured.
 
@@ -73,7 +85,12 @@ class Graph:
         work()
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
-        with _garbage_kept(), torch.cuda.graph(self._graph):
+        capture = torch.cuda.graph(
+            self._graph,
+            stream=_capture_stream(device),
+            capture_error_mode="thread_local",  # in another thread an engine may serve
+        )
+        with _garbage_kept(), capture:
             work()
 
     def __call__(self) -> None:

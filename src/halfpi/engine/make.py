@@ -73,6 +73,8 @@ def make_engine(
     the backend.
     """
     where = model.action_in.weight.device if device is None else torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
     scales = _scales_of(model, config, scales)
     if config.backend == "triton":
         return _triton_engine(model, config, where, scales)
@@ -118,4 +120,5 @@ def _triton_engine(
     # Imports Triton, which a CPU build of torch comes without.
     from halfpi.engine.triton import TritonEngine
 
-    return TritonEngine(model, config, device, scales)
+    with torch.cuda.device(device):
+        return TritonEngine(model, config, device, scales)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfpi.engine.graphs import captured
+from halfpi.engine.graphs import captured, stream_of
 
 # Every tensor starts at a multiple of this, as kernels expect of memory.
 _ALIGN_BYTES = 256
@@ -45,7 +45,7 @@ class Staging:
             there.copy_(host, non_blocking=True)
 
         self._copy = captured(copy, device)
-        self._beside = _stream(device) if on_gpu else None
+        self._beside = stream_of(device) if on_gpu else None
 
     def upload(self) -> None:
         """Copy all of it to the device, for what the current stream gets from here on.
@@ -58,10 +58,6 @@ class Staging:
         with torch.cuda.stream(self._beside):
             self._copy()
         torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _views(memory: Tensor, fields: Mapping[str, Field]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class TritonEngine:
         self.config = model.config
         self.engine_config = engine
         self.device = device
+        # A thread begins with the first GPU.
+        self._on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         self.plan = make_plan(model, engine, device, scales)
         self._result = self.plan.result.numpy()
         self._replayed: list[tuple[str, Timed]] = []
@@ -67,8 +70,9 @@ class TritonEngine:
 
         A call whose prompt is at fault has forgotten what others left to keep.
         """
-        self._begin(inputs, noise, num_steps, given, kept)
-        return self._finish(inputs, noise, num_steps, given, guidance)
+        with self._on_device:
+            self._begin(inputs, noise, num_steps, given, kept)
+            return self._finish(inputs, noise, num_steps, given, guidance)
 
     def _begin(
         self,
