@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from tests.engine.conftest import EngineCall, assert_calls_equal_fresh_captures
+from tests.kernels.conftest import needs_hopper
 
 from halfpi.config import PRESETS
 from halfpi.engine import EagerEngine, Engine, make_engine
@@ -23,13 +24,7 @@ from halfpi.perf.engines import engine_config, random_scales
 from halfpi.perf.synthetic import random_inputs, random_model
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="no Hopper GPU",
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_hopper]
 # Any number of cameras, and any place of the one that is absent.
 SETS = [list(cameras) for cameras in itertools.product([True, False], repeat=3) if any(cameras)]
 

@@ -120,5 +120,4 @@ def _triton_engine(
     # Imports Triton, which a CPU build of torch comes without.
     from halfpi.engine.triton import TritonEngine
 
-    with torch.cuda.device(device):
-        return TritonEngine(model, config, device, scales)
+    return TritonEngine(model, config, device, scales)

@@ -47,7 +47,8 @@ class TritonEngine:
         self.device = device
         # A thread begins with the first GPU.
         self._on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        self.plan = make_plan(model, engine, device, scales)
+        with self._on_device:
+            self.plan = make_plan(model, engine, device, scales)
         self._result = self.plan.result.numpy()
         self._replayed: list[tuple[str, Timed]] = []
         self.forget()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from halfpi.kernels.cuda_launch import load, tensor_map
 from halfpi.kernels.cuda_source import is_available
-from halfpi.kernels.hopper_linear import LINE_BYTES
+from halfpi.kernels.hopper_linear import GROUP_ROWS, LINE_BYTES
 from halfpi.kernels.rms_norm import NORM_EPS
 from halfpi.kernels.spec import FP8, Device, check
 
@@ -41,8 +41,8 @@ _VECTORS = (
     "mlp_shift",
     "fc2_bias",
 )
-_GROUP_ROWS = 64  # of 128 threads, of which a block has one group or two
-_COPYING = 128  # threads that bring what those multiply
+# Of each group of a block: one or two multiply, and one brings operands.
+_GROUP_THREADS = 128
 # Hidden columns of a block in the first of two parts; those of all blocks come before the second.
 _FIRST = 2 * HEAD_DIM
 # A flag's number tells launches and layers apart, and marks of statistics have five bits.
@@ -171,7 +171,7 @@ def supports(images: int, depth: int, device: Device) -> bool:
 
 
 def _blocks(images: int, groups: int) -> int:
-    return images * TOKENS // (groups * _GROUP_ROWS) * HEADS
+    return images * TOKENS // (groups * GROUP_ROWS) * HEADS
 
 
 class SiglipLayers:
@@ -212,7 +212,7 @@ class SiglipLayers:
 
     def _launch(self, groups: int) -> Callable[[Tensor, int], None]:
         """The kernel whose blocks have so many groups, on the residual of so many images."""
-        rows, device = groups * _GROUP_ROWS, self._device
+        rows, device = groups * GROUP_ROWS, self._device
         # Of four kinds of a block's rows, and of two places of keys and values of each head.
         lines = self.images * (4 * TOKENS // rows + 2 * 2 * HEADS)
         flags = torch.zeros(lines, _FLAG_LINE, dtype=torch.int32, device=device)
@@ -226,7 +226,7 @@ class SiglipLayers:
             "siglip_layers",
             defines(self._weights.depth, groups),
             device,
-            2 * _GROUP_ROWS * groups + _COPYING,
+            (groups + 1) * _GROUP_THREADS,
             cooperative=True,
         )
 

@@ -12,10 +12,10 @@
 // Who has written to one, and knows that the other is read, makes that BLANK again, and all of it is there
 // before he adds to a counter.
 //
-// Keys and values, and few rows in E4M3, are copied again and again, from when a reader has done its own part
-// until they have come; the counter has told before that all which is not new is BLANK. Other rows are too
-// large for that: there it tells when a copy is worth its while, which is when a row is about to be stored.
-// To see the counter and to start a copy takes about as long as to store.
+// Keys and values, and few rows in E4M3, are copied again and again until they have come, from when a reader
+// has stored its own, or its cluster its sums; the counter has told before that all which is not new is
+// BLANK. Other rows are too large for that: there it tells when a copy is worth its while, which is when a
+// row is about to be stored. To see the counter and to start a copy takes about as long as to store.
 //
 // These counters count on, and nobody counts for an exchange before he has seen that all have counted
 // for the one before: else who is early would stand in for who is late. LAID_OUT, of warps that have

@@ -16,7 +16,8 @@ namespace {
 using namespace siglip;
 
 constexpr int HEADS = 16, WIDTH = HEADS * HEAD, HIDDEN = 4352;
-constexpr int ROWS = 64 * GROUPS, WARPS = 4 * GROUPS, TEAMS = TOKENS / ROWS;  // of an image
+constexpr int GROUP_ROWS = 64, ROWS = GROUP_ROWS * GROUPS, WARPS = 4 * GROUPS;
+constexpr int TEAMS = TOKENS / ROWS;  // of an image
 // The hidden columns of a block come in two parts, each between those of the other blocks.
 constexpr int FIRST = 2 * HEAD, LAST = HIDDEN / HEADS - FIRST, LAST_BEGIN = HEADS * FIRST;
 
@@ -40,8 +41,9 @@ constexpr int PITCH = 2 * HEAD;  // bytes of a row that is staged
 // Normed rows are multiplied twice, for which their lines stay. Two groups' take so much that weights, which
 // have what is left, would not be far enough ahead: so some come AGAIN.
 constexpr int X_LINES = GROUPS > 1 ? 8 : 10, AGAIN = X_LINES < NORMED_LINES ? NORMED_LINES - X_LINES : 0;
-constexpr int UNITS =
-    (SHARED_BYTES - X_LINES * X_LINE - ROWS * PITCH - 2 * CONSTANT_BYTES - 512) / UNIT / PAIR * PAIR;
+constexpr int FOR_BARRIERS = 512;
+constexpr int UNITS = (SHARED_BYTES - X_LINES * X_LINE - ROWS * PITCH - 2 * CONSTANT_BYTES - FOR_BARRIERS) /
+                      UNIT / PAIR * PAIR;
 constexpr int WEIGHTS = 0, X = WEIGHTS + UNITS * UNIT, STAGED = X + X_LINES * X_LINE;
 constexpr int CONSTANTS_AT = STAGED + ROWS * PITCH, BARRIERS = CONSTANTS_AT + 2 * CONSTANT_BYTES;
 constexpr int OTHERS = 2 * UNITS + 2 * X_LINES, BARRIER_COUNT = OTHERS + 6;

@@ -58,7 +58,7 @@ struct Group {
   // sums += a line of rows times a line of STEP units of weights, once they are there.
   template <class Format, int STEP, int N>
   __device__ __forceinline__ void begin_products(float (&sums)[N]) const {
-    const Swizzled rows(b.shared + X + x_at.slot * X_LINE + b.group * (64 * LINE));
+    const Swizzled rows(b.shared + X + x_at.slot * X_LINE + b.group * (GROUP_ROWS * LINE));
     const Swizzled columns(b.shared + WEIGHTS + at.slot * UNIT);
     wait(b.line_full(x_at.slot), x_at.parity);
 #pragma unroll

@@ -50,7 +50,7 @@ struct Layers : Residual {
     keep(queries);
     Softmax softmax;
     softmax.add<TOKENS / 2>(logits, b.operand_at(1), [&] { wait_together(b.operand_full(1), layer % 2); });
-    softmax.store<false>(b.shared + STAGED + b.group * 64 * PITCH, 1.0f);
+    softmax.store<false>(b.shared + STAGED + b.group * GROUP_ROWS * PITCH, 1.0f);
     copy_out<uint4, HEAD / 8>(b.a.mixed_rows + (long(warp_row()) * WIDTH + b.share * HEAD) * 2, 2 * WIDTH);
     meet();
   }
