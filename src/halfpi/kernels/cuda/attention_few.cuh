@@ -176,7 +176,7 @@ struct AttentionOfFew {
   // The sums of a part, of which each warp has the sixteen dimensions that a peer merges, and once RowPart.
   __device__ __forceinline__ void send(const Block& b, int part) const {
     const int peer = own(b);
-    const u32 to = b.shared + STAGED + peer * AVERAGE_PIECE + part * PART_BYTES + b.lane % 4 * 4;
+    const u32 to = sums_for(b, peer) + part * PART_BYTES + b.lane % 4 * 4;
 #pragma unroll
     for (int i = 0; i < SUMS; i += 4) {
       const float* v = average[part] + i;

@@ -75,9 +75,10 @@ struct AttentionOfMany {
   // The sums of a part, of which four peers merge sixteen dimensions each, and once RowPart. Blocks begin
   // with different peers: what all send to the same one comes one after the other.
   __device__ __forceinline__ void send(const Block& b, int part) const {
-    const u32 to = b.shared + STAGED + 4 * b.group * AVERAGE_PIECE + part * PART_BYTES;
     const int rows = STATISTICS + STATISTIC_COUNT * GROUPS * STATISTIC + b.group * ROW_PART_BYTES;
-    store_sums<ROWS>(average[part], to + b.lane % 4 * 4, b.row, AVERAGE_PIECE);
+    store_sums<ROWS>(average[part], b.row, [&](int i) {
+      return sums_for(b, 4 * b.group + i) + part * PART_BYTES + b.lane % 4 * 4;
+    });
     RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + rows) + b.row;
     if (part == 0) store_row_parts(of_row, b.lane, highest, LOGIT_SCALE, total);
     fence_async_proxy();

@@ -60,15 +60,24 @@ __device__ __forceinline__ void add_values(Block& b, float (&average)[PARTS][SUM
   b.ring.advance(KEY_UNITS);
 }
 
-// By one thread: a part of the sums of which `peer` merges sixteen dimensions, and once RowPart of all
-// rows.
+// Where this block stores the sums of which `peer` merges sixteen dimensions: staged for it, or, of those that
+// it merges itself, where they are merged. What it would stage for itself lies where its own queries were,
+// and peers, which copy those, do not tell when they have them.
+__device__ __forceinline__ u32 sums_for(const Block& b, int peer) {
+  return b.shared + (peer == b.rank ? AVERAGES : STAGED) + peer * AVERAGE_PIECE;
+}
+
+// By one thread, once the sums of a part are stored: to `peer`, and once RowPart of all rows.
 __device__ __forceinline__ void push_sums(const Block& b, int peer, int part, u32 rows) {
-  const u32 full = in_block(b.shared + AVERAGES_FULL, peer);
-  bulk_push(in_block(b.shared + AVERAGES + b.rank * AVERAGE_PIECE + part * PART_BYTES, peer),
-            b.shared + STAGED + peer * AVERAGE_PIECE + part * PART_BYTES, PART_BYTES, full);
+  const u32 full = b.shared + AVERAGES_FULL, of_peer = in_block(full, peer);
+  if (peer != b.rank) {
+    const u32 to = b.shared + AVERAGES + b.rank * AVERAGE_PIECE + part * PART_BYTES;
+    bulk_push(in_block(to, peer), sums_for(b, peer) + part * PART_BYTES, PART_BYTES, of_peer);
+  } else if (part == PARTS - 1) {
+    mbarrier_expect(full, (PEERS - 1) * AVERAGE_PIECE + PEERS * ROW_PART_BYTES);
+  }
   if (part) return;
-  bulk_push(in_block(b.shared + PARTS_OF_ROWS + b.rank * ROW_PART_BYTES, peer), rows, ROW_PART_BYTES, full);
-  if (peer == 0) mbarrier_expect(b.shared + AVERAGES_FULL, PEERS * (AVERAGE_PIECE + ROW_PART_BYTES));
+  bulk_push(in_block(b.shared + PARTS_OF_ROWS + b.rank * ROW_PART_BYTES, peer), rows, ROW_PART_BYTES, of_peer);
 }
 
 }  // namespace

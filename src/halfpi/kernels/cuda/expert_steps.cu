@@ -77,7 +77,7 @@ extern "C" __global__ void __cluster_dims__(PEERS, 1, 1) __launch_bounds__(THREA
   }
   if (b.index == 0) reset(counters);
   lay_out_first(a, b);
-  if (b.thread < 64 && b.index < BLOCKS) blank_recent(b, b.warp);
+  if (b.thread < 32 && b.index < BLOCKS) blank_recent(b, 0);
   __syncthreads();
   if (b.thread == 0) meet(place(counters, MET));
   cluster_barrier();

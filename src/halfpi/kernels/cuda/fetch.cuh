@@ -106,7 +106,7 @@ __device__ __forceinline__ bool some_blank_chunk(const Block& b, u32 copy) {
 struct Copies {
   u32 to;
   const char* from;
-  u32 bytes, copied, full;  // barriers: one is there, and nothing in it is blank
+  u32 bytes, copied, full;  // barriers: a copy is there, and nothing in one is blank
 
   __device__ __forceinline__ void start() const {
     if (!elected()) return;
@@ -151,17 +151,18 @@ __device__ __forceinline__ void fetch_rows(const Block& b) {
   }
 }
 
-// What this block wrote of the keys and values of a layer is no longer there. By a warp.
+// What this block wrote of keys and values is no longer there, so that it may write those of `layer`. By a
+// warp.
 __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
   for (int row = b.lane; row < ROWS; row += 32) {
     *reinterpret_cast<uint4*>(b.buffers + place_of_recent(b.index, row, layer)) =
         make_uint4(BLANK, BLANK, BLANK, BLANK);
   }
   __syncwarp();
-  if (elected()) __threadfence();
 }
 
-// Keys and values of the actions, copied from when this block's are stored until all have come.
+// Keys and values of the actions, copied from when this block's are stored until all have come. Those before
+// all blocks have read by then, and what takes their place is stored after these are told of.
 __device__ __forceinline__ void fetch_recent(const Block& b) {
   u32 parity = 0;
 #pragma unroll 1
@@ -172,9 +173,11 @@ __device__ __forceinline__ void fetch_recent(const Block& b) {
         b.shared + RECENT_KEYS, b.buffers + RECENT + layer % 2 * RECENT_BUFFER + b.rank * RECENT_BYTES,
         RECENT_BYTES, b.shared + RECENT_COPIED, b.shared + RECENT_FULL};
     copies.start();
-    copies.finish(parity, [&] { return some_blank_chunk(b, copies.to); });
     blank_recent(b, layer + 1);
-    if (elected()) arrive(place(b.counters, RECENT_DONE));
+    copies.finish(parity, [&] { return some_blank_chunk(b, copies.to); });
+    if (!elected()) continue;
+    __threadfence();
+    arrive(place(b.counters, RECENT_DONE));
   }
 }
 

@@ -136,7 +136,8 @@ struct Attention {
   __device__ __forceinline__ void send(const Block& b) const {
     const u32 staged = b.shared + STAGED + PARTS * b.group * TILE_LINE + PART * 4 * HALF_PIECE;
     if (PART == 0) b.together();  // values of this part are read
-    store_sums<ROWS>(average[PART], staged + b.lane % 4 * 4, b.row, HALF_PIECE);
+    const u32 to = staged + b.lane % 4 * 4;
+    store_sums<ROWS>(average[PART], b.row, [&](int i) { return to + i * HALF_PIECE; });
     RowPart* of_row = reinterpret_cast<RowPart*>(b.memory + ROW_PART + b.group * PART_BYTES) + b.row;
     if (PART == 0) store_row_parts(of_row, b.lane, highest, LOGIT_SCALE, total);
     fence_async_proxy();

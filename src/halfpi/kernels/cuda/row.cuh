@@ -104,7 +104,7 @@ struct Row {
   __device__ void await_some(const char* sums, u32 mark) const {
     constexpr int LANES = 32 / HEADS;            // of a cluster's sums
     // ns. Looks take power, which bf16 with many rows lacks.
-    constexpr int NAP = X_APART ? 150 : FP8 || FEW ? 300 : 600;
+    constexpr int NAP = FP8 || FEW ? 150 : 600;
     const int lane = thread % 32;
     const char* one = sums + lane / LANES * (WIDTH * 2) - (lane - lane % LANES) * 8;
     Watchdog watchdog;

@@ -75,10 +75,9 @@ __device__ __forceinline__ void shrink(float (&average)[PARTS][32], float (&tota
 }
 
 // Sums of values in 64 dimensions of both rows, of which COUNT rows are stored, as (chunk, row, 16
-// bytes), each two chunks `piece` bytes from those before. to: this thread's place in a chunk's first
-// row. first: the first of its rows.
-template <int COUNT>
-__device__ __forceinline__ void store_sums(const float (&sums)[32], u32 to, int first, int piece) {
+// bytes). to(i): this thread's place in the first row of the i-th two chunks. first: the first of its rows.
+template <int COUNT, typename To>
+__device__ __forceinline__ void store_sums(const float (&sums)[32], int first, To to) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first + 8 * i;
@@ -86,7 +85,7 @@ __device__ __forceinline__ void store_sums(const float (&sums)[32], u32 to, int 
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float* v = sums + 4 * j + 2 * i;
-      store_shared(to + j / 2 * piece + (j % 2 * COUNT + row) * 16, pack_bf16(v[0], v[1]));
+      store_shared(to(j / 2) + (j % 2 * COUNT + row) * 16, pack_bf16(v[0], v[1]));
     }
   }
 }
