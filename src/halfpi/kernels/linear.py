@@ -214,11 +214,7 @@ def _launches(case: Case, device: Device) -> tuple[TileLaunch, ...]:
 def _cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, FP8):
         yield Case("vision-qkv", _sizes(768, 3456, 1152), dtype)
-        yield Case("vision-out", _sizes(768, 1152, 1152, bias=1, residual=1), dtype)
         yield Case("vision-fc1", _sizes(768, 4352, 1152, bias=1, gelu=1), dtype, dtype)
-        yield Case("vision-fc2", _sizes(768, 1152, 4352, bias=1, residual=1), dtype)
-        yield Case("prefill-out", _sizes(968, 2048, 2048, residual=1), dtype)
-        yield Case("prefill-down", _sizes(968, 2048, 16384, residual=1), dtype)
     yield Case("vision-patch", _sizes(768, 1152, 640, bias=1, residual=1))
     yield Case("vision-projector", _sizes(768, 2048, 1152, bias=1))
     # What the model keeps in fp32; an Euler step is the residual, with −1/steps in the weight.
