@@ -126,6 +126,15 @@ def test_the_newest_record_of_each_case_counts() -> None:
     assert newest([MEASURED, QUOTED, other, later]) == [later, other]
 
 
+def test_a_shape_that_a_kernel_no_longer_has_is_gone() -> None:
+    def of(*names: str) -> Record:
+        ms = dict.fromkeys(names, Percentiles(0.01, 0.01, 0.01))
+        return dataclasses.replace(MEASURED, benchmark="kernels", ms=ms, floor_ms=None)
+
+    other, later = of("geglu/prefill"), of("linear/wide")
+    assert newest([of("linear/wide", "linear/gone"), other, later]) == [later, other]
+
+
 def test_what_others_measured_has_a_source() -> None:
     with pytest.raises(RecordError, match="source must be where a quoted record is from, got None"):
         dataclasses.replace(QUOTED, source=None)

@@ -144,12 +144,16 @@ def read_records(results: Path) -> list[Record]:
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """The last measured record of each benchmark, device, engine, case and set of names."""
-    found = {
-        (each.benchmark, each.device, each.engine, *each.case.items(), *each.ms): each
-        for each in records
-        if each.kind == "measured"
-    }
+    """The last measured record of each benchmark, device, engine, case and kernel.
+
+    A kernel's times are called "kernel/shape"; what was no longer measured last time is gone.
+    """
+    found: dict[tuple[object, ...], Record] = {}
+    for each in records:
+        if each.kind == "measured":
+            kernels = {name.partition("/")[0] for name in each.ms if "/" in name}
+            measured = (each.benchmark, each.device, each.engine, *each.case.items())
+            found[*measured, *sorted(kernels)] = each
     return list(found.values())
 
 
