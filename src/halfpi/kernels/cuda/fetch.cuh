@@ -161,8 +161,9 @@ __device__ __forceinline__ void blank_recent(const Block& b, int layer) {
   __syncwarp();
 }
 
-// Keys and values of the actions, copied from when this block's are stored until all have come. Those before
-// all blocks have read by then, and what takes their place is stored after these are told of.
+// Keys and values of the actions, copied from when this block's are stored until all have come. When copies
+// begin, all blocks have read those of the layer before, so this block's are made blank; it stores the next in
+// their place once it is told that these have come.
 __device__ __forceinline__ void fetch_recent(const Block& b) {
   u32 parity = 0;
 #pragma unroll 1
