@@ -1,5 +1,5 @@
 """What tests of several layers share: small models whose every weight does something, openpi, and
-a neighbour on the GPU."""
+marks of tests on a GPU and a neighbour there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from filelock import FileLock
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
 
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 # Two cameras of four tokens, more than one key head, and no two widths equal.
 TINY = Pi05Config(
     image_size=28,

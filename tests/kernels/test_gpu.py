@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import ON_A_GPU
 from torch import Tensor
 
 from halfpi.kernels import specs, tuned
@@ -20,10 +21,7 @@ from halfpi.kernels.launches import linear_launches
 from halfpi.kernels.spec import row_launches
 from halfpi.kernels.split_linear import split_linear
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = ON_A_GPU
 CUDA = torch.device("cuda")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
+from tests.conftest import ON_A_GPU
 
 from halfpi.config import Backend, Precision
 from halfpi.integrations.openpi import OpenpiPolicy
@@ -17,10 +17,6 @@ from halfpi.serving.wire import packb
 if TYPE_CHECKING:
     from tests.serving.conftest import Loopback
 
-on_a_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 _RANDOM = np.random.default_rng(0)
 _PIXELS = _RANDOM.integers(0, 256, (2, 480, 640, 3), dtype=np.uint8)
 OBSERVATION: dict[str, Any] = {
@@ -33,7 +29,7 @@ OBSERVATION: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("eager", "fp32"), pytest.param("triton", "fp8", marks=on_a_gpu)],
+    [("eager", "fp32"), pytest.param("triton", "fp8", marks=ON_A_GPU)],
 )
 async def test_a_policy_is_replaced_while_it_answers(
     loopback: Loopback, backend: Backend, precision: Precision
