@@ -1,5 +1,5 @@
-"""What tests of several layers share: small models whose every weight does something, openpi, and
-marks of tests on a GPU and a neighbour there."""
+"""What tests of several layers share: small models whose every weight does something, openpi,
+and a neighbour on a GPU. Tests that are marked `gpu` skip without one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from filelock import FileLock
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
 
-ON_A_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 # Two cameras of four tokens, more than one key head, and no two widths equal.
 TINY = Pi05Config(
     image_size=28,
@@ -40,6 +36,13 @@ TINY = Pi05Config(
     horizon=7,
     max_prompt_tokens=12,
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures that would need it
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 # openpi-client does not say that it needs the last one.

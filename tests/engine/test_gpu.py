@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tests.conftest import ON_A_GPU, build_pi05
+from tests.conftest import build_pi05
 from tests.engine.conftest import assert_calls_equal_fresh_captures
 
 from halfpi.config import PRESETS, EngineConfig, Pi05Config
@@ -24,7 +24,7 @@ from halfpi.quant import Scales, calibrate
 from halfpi.types import Observation
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = ON_A_GPU
+pytestmark = pytest.mark.gpu
 NANO = PRESETS["nano"]
 # With π0.5's own SigLIP, but for its depth: on Hopper one kernel in fp8.
 SIGLIP = dataclasses.replace(

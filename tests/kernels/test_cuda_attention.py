@@ -97,7 +97,6 @@ RAGGED += [(2, 280, 560, 279), (2, 300, 200, 199)]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP8])
 @pytest.mark.parametrize(("sequences", "tokens", "keys", "missing"), RAGGED)
 def test_error_rule_and_equal_bits(
@@ -113,7 +112,6 @@ def test_error_rule_and_equal_bits(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP8])
 @pytest.mark.parametrize("images", [1, 2, 3, 5])
 def test_siglip_error_rule_and_equal_bits(images: int, out_dtype: torch.dtype) -> None:

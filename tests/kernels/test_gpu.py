@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import ON_A_GPU
 from torch import Tensor
 
 from halfpi.kernels import specs, tuned
@@ -21,7 +20,7 @@ from halfpi.kernels.launches import linear_launches
 from halfpi.kernels.spec import row_launches
 from halfpi.kernels.split_linear import split_linear
 
-pytestmark = ON_A_GPU
+pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 

@@ -212,7 +212,6 @@ def test_random_models_keep_the_size_of_activations() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_stages_are_timed_on_a_gpu(backend: str) -> None:
     case = Case("nano", cameras=2, prompt_tokens=20, horizon=16, steps=2, precision="bf16")

@@ -20,7 +20,6 @@ from halfpi.perf.synthetic import random_model
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # what does not run here, and torch's why
 ]
 CUDA = torch.device("cuda")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from tests.conftest import ON_A_GPU
 
 from halfpi.config import Backend, Precision
 from halfpi.integrations.openpi import OpenpiPolicy
@@ -29,7 +28,7 @@ OBSERVATION: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("eager", "fp32"), pytest.param("triton", "fp8", marks=ON_A_GPU)],
+    [("eager", "fp32"), pytest.param("triton", "fp8", marks=pytest.mark.gpu)],
 )
 async def test_a_policy_is_replaced_while_it_answers(
     loopback: Loopback, backend: Backend, precision: Precision

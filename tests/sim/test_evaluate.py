@@ -8,8 +8,6 @@ import pickle
 from typing import Any
 
 import pytest
-from tests.conftest import ON_A_GPU
-from tests.sim.conftest import MakeEnvironment
 
 from halfpi.config import Backend
 from halfpi.policy import Policy, load_policy
@@ -68,16 +66,12 @@ def test_the_wrong_instruction_does_not_solve_the_task(
     assert episode.steps == CONFIG.max_steps
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=ON_A_GPU)])
-def test_fp8_solves_the_precise_tasks(environment_of: MakeEnvironment, backend: Backend) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.usefixtures("environment")  # skips where nothing can be rendered
+def test_fp8_solves_the_precise_tasks(backend: Backend) -> None:
     """All but one in six: 98 % of hundreds (docs/quantisation.md)."""
-    device = "cuda" if backend == "triton" else "cpu"
-    policy = load_policy("nano", device=device, precision="fp8", backend=backend)
-    config = EvalConfig(precision="fp8", backend=backend)
     tasks = select(["precise"])
-    episodes = [
-        play_episode(policy, environment_of(task.name), HELD_OUT_SEED, config) for task in tasks
-    ]
+    episodes = evaluate(tasks, 1, EvalConfig(precision="fp8", backend=backend))
     assert sum(episode.success for episode in episodes) >= len(tasks) - 1
 
 
