@@ -73,8 +73,9 @@ class Eval:
     """Actions executed of each chunk before the next call."""
     precision: tuple[Precision, ...] = ("fp32",)
     """Of the arithmetic; fp8 needs scales beside the checkpoint."""
-    backend: Backend = "eager"
-    """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU."""
+    backend: tuple[Backend, ...] = ("eager",)
+    """What runs the model: plain torch, torch.compile, or halfpi's kernels on a GPU. One for all
+    precisions, or one for each."""
     wrong_instruction: bool = False
     """Ask for the other task of a shared scene; only tasks that share one are played."""
     workers: int | None = None

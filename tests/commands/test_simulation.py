@@ -66,6 +66,20 @@ def test_eval_compares_precisions_on_the_same_episodes(
     assert second["against_first"]["pairs"] == 2
 
 
+def test_eval_runs_each_precision_by_its_backend(
+    halfpi: Halfpi, played: list[EvalConfig], mistake: Mistake
+) -> None:
+    options = ("eval", "--tasks", "push", "--episodes", 1, "--precision", "fp32", "bf16", "fp8")
+    halfpi(*options, "--backend", "eager", "compile", "triton")
+    assert played == [
+        EvalConfig(precision="fp32", backend="eager"),
+        EvalConfig(precision="bf16", backend="compile"),
+        EvalConfig(precision="fp8", backend="triton"),
+    ]
+    said = "--backend must be one for all or one for each of 3 precisions, got 2"
+    assert said in mistake(*options, "--backend", "eager", "triton")
+
+
 def test_eval_prints_tables(halfpi: Halfpi, played: list[EvalConfig], capsys: Capture) -> None:
     halfpi("eval", "--tasks", "push", "--episodes", 2, "--num-steps", 2, 4)
     text = capsys.readouterr().out

@@ -90,14 +90,14 @@ def test_floors_need_no_record() -> None:
 
 
 def test_settings_of_an_evaluation_are_compared_to_its_first() -> None:
-    config = {"precision": "fp32", "num_steps": 10, "execute": 8}
+    config = {"precision": "fp32", "backend": "eager", "num_steps": 10, "execute": 8}
     paired = {"difference": -0.015, "interval": [-0.03, 0.0]}
     successes = {"successes": 390, "episodes": 400, "interval": [0.95512, 0.987]}
     first = {"config": config, "all": successes}
     second = {**first, "config": {**config, "precision": "fp8"}, "against_first": paired}
     rendered = render(between("settings-x"), [], {"x": [first, second]})
-    assert "| fp32 | 10 | 8 | 390/400 | 95.5–98.7 % | – | – |" in rendered
-    assert "| fp8 | 10 | 8 | 390/400 | 95.5–98.7 % | -1.5 points | -3.0 to +0.0 |" in rendered
+    assert "| fp32 | eager | 10 | 8 | 390/400 | 95.5–98.7 % | – | – |" in rendered
+    assert "| fp8 | eager | 10 | 8 | 390/400 | 95.5–98.7 % | -1.5 points | -3.0 to +0.0 |" in rendered
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from halfpi.sim.tasks import SHARED_SCENE, TASKS, select
 
 if TYPE_CHECKING:
     from halfpi.cli import Demo, Eval
+    from halfpi.config import Backend, Precision
 
 
 def demo(options: Demo) -> None:
@@ -94,16 +95,29 @@ def evaluate(options: Eval) -> None:
     if not tasks or options.episodes < 1:
         raise ValueError("nothing to evaluate: no task that shares a scene, or no episodes")
     settings = []
-    choices = itertools.product(options.precision, options.num_steps, options.execute)
-    for precision, num_steps, execute in choices:
+    choices = itertools.product(_arithmetic(options), options.num_steps, options.execute)
+    for (precision, backend), num_steps, execute in choices:
         config = EvalConfig(
-            options.policy, num_steps, execute, precision=precision, backend=options.backend
+            options.policy, num_steps, execute, precision=precision, backend=backend
         )
         played = play_all(tasks, options.episodes, config, prompts, options.workers)
-        name = f"{precision}, {num_steps} steps, {execute} actions a call"
+        name = f"{precision}, {backend}, {num_steps} steps, {execute} actions a call"
         episodes = track(played, name, len(tasks) * options.episodes)
         settings.append(Setting(config, _sorted(episodes)))
     _report(settings, options.json, options.output)
+
+
+def _arithmetic(options: Eval) -> list[tuple[Precision, Backend]]:
+    """Every precision, with what computes it."""
+    precisions, backends = options.precision, options.backend
+    if len(backends) == 1:
+        backends *= len(precisions)
+    if len(backends) != len(precisions):
+        raise ValueError(
+            f"--backend must be one for all or one for each of {len(precisions)} precisions, "
+            f"got {len(backends)}"
+        )
+    return list(zip(precisions, backends, strict=True))
 
 
 def _sorted(episodes: Any) -> tuple[Episode, ...]:

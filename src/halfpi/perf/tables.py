@@ -194,14 +194,14 @@ def _settings(settings: Sequence[Mapping[str, Any]]) -> str:
         paired = setting.get("against_first")
         rows.append(
             (
-                *(str(config[field]) for field in ("precision", "num_steps", "execute")),
+                *(str(config[f]) for f in ("precision", "backend", "num_steps", "execute")),
                 f"{success['successes']}/{success['episodes']}",
                 "{:.1f}–{:.1f} %".format(*(100 * bound for bound in success["interval"])),
                 *(("–", "–") if paired is None else _difference_cells(paired)),
             )
         )
-    columns = ("precision", "steps", "actions a call", "success", "95 %", "difference", "95 %")
-    return _table(columns, rows)
+    what = ("precision", "backend", "steps", "actions a call")
+    return _table((*what, "success", "95 %", "difference", "95 %"), rows)
 
 
 def _difference_cells(paired: Mapping[str, Any]) -> tuple[str, str]:

@@ -143,7 +143,7 @@ def _steps(row: Mapping[str, Any]) -> str:
 def comparison_table(settings: Sequence[Setting]) -> Table:
     """Every setting's success, and its paired difference to the first."""
     table = Table(title="settings, paired by episode")
-    what = ("precision", "steps", "actions a call")
+    what = ("precision", "backend", "steps", "actions a call")
     for name in (*what, "success", "95 %", "difference", "95 %", "call ms"):
         table.add_column(name, justify="right")
     for setting in settings:
@@ -151,6 +151,7 @@ def comparison_table(settings: Sequence[Setting]) -> Table:
         low, high = paired.interval
         table.add_row(
             setting.config.precision,
+            setting.config.backend,
             str(setting.config.num_steps),
             str(setting.config.execute),
             f"{100 * success.rate:.1f} %",
