@@ -289,17 +289,38 @@ class BenchE2e(BenchEngine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchAblation(Measure):
-    """Time every variant between plain torch and the engine, and count their kernels."""
+class BenchPreset(Measure):
+    """What is timed is a model with random weights."""
 
     checkpoint: Positional[str] = "pi05"
     """A preset of Pi05Config; weights are random."""
-    variants: tuple[str, ...] = ()
-    """Names of variants; all by default."""
     cameras: int = 3
     """Cameras that are there."""
     prompt_tokens: int = 200
     """Tokens of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAblation(BenchPreset):
+    """Time every variant between plain torch and the engine, and count their kernels."""
+
+    variants: tuple[str, ...] = ()
+    """Names of variants; all by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCold(BenchPreset):
+    """Time a process from its start to its first actions, with and without compiled kernels.
+
+    It loads a checkpoint that was just written, and so is still in memory.
+    """
+
+    precision: Precision = "bf16"
+    """Of the arithmetic; scales of fp8 come from random observations."""
+    backend: Backend = "triton"
+    """What runs the model."""
+    repeats: int = 3
+    """Timed starts of each kind."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +334,8 @@ class Bench:
         | Annotated[BenchE2e, tyro.conf.subcommand("e2e", prefix_name=False)]
         | Annotated[BenchMlp, tyro.conf.subcommand("mlp", prefix_name=False)]
         | Annotated[BenchAttention, tyro.conf.subcommand("attention", prefix_name=False)]
-        | Annotated[BenchAblation, tyro.conf.subcommand("ablation", prefix_name=False)],
+        | Annotated[BenchAblation, tyro.conf.subcommand("ablation", prefix_name=False)]
+        | Annotated[BenchCold, tyro.conf.subcommand("cold", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 

@@ -115,6 +115,27 @@ def test_conversion_keeps_every_bit(
     ).read_bytes()
 
 
+@pytest.mark.parametrize("path", ["openpi_tiny_orbax_step7", "openpi_tiny_orbax_pure"])
+def test_each_works_on_what_tensors_reads(golden: Path, tmp_path: Path, path: str) -> None:
+    source = open_checkpoint(golden / path, horizon=10)
+    converted = open_checkpoint(convert(source, tmp_path / "converted"))
+    for checkpoint in (source, converted):
+        found = checkpoint.each(lambda name, tensor: (name, tensor))
+        for name, tensor in checkpoint.tensors():
+            assert found[name][0] == name
+            assert torch.equal(found[name][1], tensor)
+        assert len(found) == len(checkpoint.stored)
+
+
+def test_each_stops_at_an_error(golden: Path) -> None:
+    def fail(name: str, _: torch.Tensor) -> None:
+        raise ValueError(f"no room for {name}")
+
+    checkpoint = open_checkpoint(golden / "lerobot_tiny_ckpt", vision_heads=4)
+    with pytest.raises(ValueError, match="no room for"):
+        checkpoint.each(fail)
+
+
 def test_openpi_torch_conversion_keeps_every_bit(openpi_torch: Path, tmp_path: Path) -> None:
     source = open_checkpoint(openpi_torch, vision_heads=4)
     converted = open_checkpoint(convert(source, tmp_path / "converted"))

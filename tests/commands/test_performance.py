@@ -37,6 +37,18 @@ def test_end_to_end_is_recorded_for_two_sizes_of_images(halfpi: Halfpi, tmp_path
     assert sizes == [112, 480]
 
 
+def test_cold_starts_are_of_processes_of_their_own(halfpi: Halfpi, tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--repeats", 1, "--precision", "fp8", "--backend", "eager")
+    size = ("--cameras", 1, "--prompt-tokens", 24)
+    halfpi("bench", "cold", "nano", *arguments, *size, "--results", tmp_path)
+    (record,) = read_records(tmp_path)
+    assert (record.benchmark, record.case["cameras"]) == ("cold", 1)
+    assert list(record.ms) == ["empty", "full"]
+    parts = [record.numbers[f"{name}_s full"] for name in ("import", "load", "call")]
+    assert min(parts) > 0
+    assert 1000 * sum(parts) == pytest.approx(record.ms["full"].p50)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -45,6 +57,9 @@ def test_end_to_end_is_recorded_for_two_sizes_of_images(halfpi: Halfpi, tmp_path
         (("mlp",), "needs a CUDA device, got cpu"),
         (("attention",), "needs a CUDA device, got cpu"),
         (("ablation", "tiny"), "no preset is called tiny: pi05, "),
+        (("cold", "tiny"), "no preset is called tiny: pi05, "),
+        (("cold", "nano"), "prompt_tokens must be at most 48, got 200"),
+        (("cold", "nano", "--prompt-tokens", "24"), "was started ended with status 1"),
         (("ablation", "nano", "--variants", "faster"), "variants must be of eager, "),
         (("stages", "--backend", "triton"), "backend triton needs a CUDA device, got cpu"),
         (("stages", "--precision", "fp8"), "its time means nothing"),

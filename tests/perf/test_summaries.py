@@ -7,7 +7,17 @@ from typing import Any
 
 from halfpi.perf.cases import ABLATION, Precision, standard_case
 from halfpi.perf.records import Percentiles, Record
-from halfpi.perf.summaries import Summary, ablation, attention, e2e, kernels, mlp, paced, standard
+from halfpi.perf.summaries import (
+    Summary,
+    ablation,
+    attention,
+    cold,
+    e2e,
+    kernels,
+    mlp,
+    paced,
+    standard,
+)
 
 H200 = "NVIDIA H200"
 
@@ -63,6 +73,17 @@ def test_paced_stages_have_their_rate() -> None:
     summary = paced(records)
     assert column(summary, "calls a second") == ["20"]
     assert column(summary, "total ms") == ["3.10"]
+
+
+def test_a_cold_start_has_a_row_for_each_state_of_the_cache() -> None:
+    numbers = {"import_s empty": 2.0, "import_s full": 1.0}
+    ms = {"empty": times(30_000.0), "full": times(7_040.0)}
+    record = dataclasses.replace(measured("cold", "triton", numbers=numbers), ms=ms)
+    summary = cold([record])
+    assert column(summary, "cache of kernels") == ["empty", "full"]
+    assert column(summary, "total s") == ["30.0", "7.0"]
+    assert column(summary, "imports s") == ["2.0", "1.0"]
+    assert column(summary, "first call s") == ["", ""]
 
 
 def test_end_to_end_tells_sizes_of_images_apart() -> None:

@@ -97,7 +97,9 @@ def test_settings_of_an_evaluation_are_compared_to_its_first() -> None:
     second = {**first, "config": {**config, "precision": "fp8"}, "against_first": paired}
     rendered = render(between("settings-x"), [], {"x": [first, second]})
     assert "| fp32 | eager | 10 | 8 | 390/400 | 95.5–98.7 % | – | – |" in rendered
-    assert "| fp8 | eager | 10 | 8 | 390/400 | 95.5–98.7 % | -1.5 points | -3.0 to +0.0 |" in rendered
+    assert (
+        "| fp8 | eager | 10 | 8 | 390/400 | 95.5–98.7 % | -1.5 points | -3.0 to +0.0 |" in rendered
+    )
 
 
 @pytest.mark.parametrize(

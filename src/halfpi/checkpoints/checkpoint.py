@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,11 @@ from halfpi.checkpoints.sizes import derive_config
 from halfpi.checkpoints.strict import reject_pi0, select_tensors
 from halfpi.config import Pi05Config, ProcessingConfig
 from halfpi.processing import TOKENIZER_FILES
+
+T = TypeVar("T")
+
+# A thread by itself brings no more than 2.5 GB/s, and hashes 1.5.
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,22 @@ class Checkpoint:
         """
         for name, stored in self.stored.items():
             yield name, self._checked(name, stored.read())
+
+    def each(self, work: Callable[[str, Tensor], T]) -> dict[str, T]:
+        """What `work` makes of each tensor, by name.
+
+        Several threads read and work at a time, each on a tensor, where the format allows it.
+        Raises CheckpointError as `tensors` does, and what `work` raises.
+        """
+
+        def read_and_work(name: str) -> T:
+            return work(name, self._checked(name, self.stored[name].read()))
+
+        pool = ThreadPoolExecutor(1 if self.format == "openpi-orbax" else _THREADS)
+        try:
+            return dict(zip(self.stored, pool.map(read_and_work, self.stored), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         # The extremes of a tensor with NaN are NaN; unlike isfinite this needs no second tensor.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from halfpi.checkpoints.torch_names import torch_tensors
 from halfpi.config import Pi05Config
 from halfpi.model import Pi05
 
+_Work = Callable[[str, Tensor], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,7 +34,7 @@ def load_model(
     dtype: "float32" or "bfloat16", the working dtype of `Pi05.to_dtype`.
     options: of `open_checkpoint`, when `checkpoint` is a path.
 
-    Memory peaks at the model and one more tensor; no parameter is ever initialised. What
+    Memory peaks at the model and a tensor for each thread; no parameter is ever initialised. What
     `open_checkpoint` assumes of horizon and processing is not warned of.
 
     Raises CheckpointError as `open_checkpoint` and `Checkpoint.tensors` do; ValueError for another
@@ -43,7 +44,7 @@ def load_model(
         # They are of the horizon and of processing, which the model itself does not use.
         warnings.simplefilter("ignore", UserWarning)
         opened = opened_checkpoint(checkpoint, options)
-    return _filled(opened.config, dtype, device, opened.tensors())
+    return _filled(opened.config, dtype, device, opened.each)
 
 
 def model_of_module(module: nn.Module, *, dtype: str = "float32", **stated: int | float) -> Pi05:
@@ -65,21 +66,25 @@ def model_of_module(module: nn.Module, *, dtype: str = "float32", **stated: int 
     ]
     tensors, unknown = torch_tensors(stored, source)
     reject_pi0(tensors, source)
-    config = derive_config({name: each.shape for name, each in tensors.items()}, stated, {})
+    config = derive_config({name: tensor.shape for name, tensor in tensors.items()}, stated, {})
     needed, _ = select_tensors(tensors, unknown, config, source)
-    return _filled(config, dtype, None, ((name, each.read()) for name, each in needed.items()))
+
+    def each(work: _Work) -> dict[str, Tensor]:
+        return {name: work(name, tensor.read()) for name, tensor in needed.items()}
+
+    return _filled(config, dtype, None, each)
 
 
 def _filled(
     config: Pi05Config,
     dtype: str,
     device: torch.device | str | None,
-    tensors: Iterable[tuple[str, Tensor]],
+    each: Callable[[_Work], dict[str, Tensor]],
 ) -> Pi05:
-    """A model of `tensors`, each taken as it comes, on `device` or, if None, where it is."""
+    """A model of what `each` gives, as `Checkpoint.each`; on `device` or, if None, where it is."""
     model = meta_model_in(config, dtype)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    state = {name: tensor.to(device=device, dtype=dtypes[name]) for name, tensor in tensors}
+    state = each(lambda name, tensor: tensor.to(device=device, dtype=dtypes[name]))
     model.load_state_dict(state, assign=True)
     return model.eval()
 

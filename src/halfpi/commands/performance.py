@@ -10,7 +10,7 @@ import torch
 from halfpi.checkpoints import load_model
 from halfpi.commands.checkpoint import open_source
 from halfpi.commands.console import notes, output
-from halfpi.config import PRESETS
+from halfpi.config import PRESETS, Pi05Config, Precision
 from halfpi.kernels import specs
 from halfpi.kernels.spec import Device
 from halfpi.model import Pi05
@@ -18,6 +18,7 @@ from halfpi.perf.bench import bench_e2e, bench_stages
 from halfpi.perf.bench_kernels import bench_kernel
 from halfpi.perf.cases import ABLATION, Case
 from halfpi.perf.charts import draw
+from halfpi.perf.cold import bench_cold
 from halfpi.perf.engines import engine_config, make_subject
 from halfpi.perf.records import Record, append_record
 from halfpi.perf.report import report
@@ -99,14 +100,15 @@ def _e2e(options: cli.BenchE2e, device: torch.device) -> Iterator[Record]:
 def _ablation(options: cli.BenchAblation, device: torch.device) -> list[Record]:
     from halfpi.perf.ablation import bench_ablation
 
-    if options.checkpoint not in PRESETS:
-        raise ValueError(f"no preset is called {options.checkpoint}: {', '.join(PRESETS)}")
-    config = PRESETS[options.checkpoint]
-    tokens = (options.cameras, options.prompt_tokens)
-    case = Case(options.checkpoint, *tokens, config.horizon, steps=10, precision="bf16")
+    config, case = _preset_and_case(options, "bf16")
     model = random_model(config, device=device, dtype="bfloat16")
     names = options.variants or tuple(ABLATION)
     return bench_ablation(model, case, names, repeats=options.repeats)
+
+
+def _cold(options: cli.BenchCold, device: torch.device) -> Iterator[Record]:
+    config, case = _preset_and_case(options, options.precision)
+    yield bench_cold(config, case, options.backend, device, repeats=options.repeats)
 
 
 _BENCHMARKS: dict[str, Callable[[Any, torch.device], Iterator[Record] | list[Record]]] = {
@@ -117,7 +119,16 @@ _BENCHMARKS: dict[str, Callable[[Any, torch.device], Iterator[Record] | list[Rec
     "BenchMlp": _mlp,
     "BenchAttention": _attention,
     "BenchAblation": _ablation,
+    "BenchCold": _cold,
 }
+
+
+def _preset_and_case(options: cli.BenchPreset, precision: Precision) -> tuple[Pi05Config, Case]:
+    if options.checkpoint not in PRESETS:
+        raise ValueError(f"no preset is called {options.checkpoint}: {', '.join(PRESETS)}")
+    config = PRESETS[options.checkpoint]
+    tokens = (options.cameras, options.prompt_tokens)
+    return config, Case(options.checkpoint, *tokens, config.horizon, 10, precision)
 
 
 def _model_and_case(options: cli.BenchEngine, device: torch.device) -> tuple[Pi05, Case]:

@@ -171,7 +171,9 @@ class Prefix(nn.Module):
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.embed = nn.Embedding(config.vocab_size, config.prefix_width)
+        # Not yet random: `Pi05` will see to that, but on the meta device, where it takes seconds.
+        table = torch.empty(config.vocab_size, config.prefix_width)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(PrefixBlock(config) for _ in range(config.depth - 1))
         self.layers.append(KeyValueBlock(config))
 

@@ -50,7 +50,8 @@ class Pi05(nn.Module):
         self.action_out = nn.Linear(width, config.action_dim)
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
-        _initialise(self)
+        if not self.action_in.weight.is_meta:  # there it does nothing, in seconds
+            _initialise(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -84,6 +84,27 @@ def e2e(records: Sequence[Record]) -> Summary:
     return Summary(header, rows)
 
 
+def cold(records: Sequence[Record]) -> Summary:
+    """From the start of a process to its first actions, with a cache of kernels in both states."""
+    parts = ("import_s", "load_s", "call_s")
+    rows: list[tuple[str, ...]] = [
+        (
+            record.device,
+            record.engine,
+            str(record.case["precision"]),
+            cache,
+            *(_shown(number_of(record, part, cache), 1) for part in parts),
+            f"{times.p50 / 1000:.1f}",
+            commit_label(record.commit, record.dirty),
+        )
+        for record in _of("cold", records)
+        for cache, times in record.ms.items()
+    ]
+    what = ("imports s", "loading s", "first call s", "total s")
+    header = ("device", "engine", "precision", "cache of kernels", *what, "commit")
+    return Summary(header, rows)
+
+
 def kernels(records: Sequence[Record]) -> Summary:
     """Each kernel at each shape: floor, time, share, and error over that of plain torch."""
     header = (

@@ -88,7 +88,14 @@ def random_policy(engine: Engine, case: Case) -> Policy:
         raise ValueError(
             f"a policy's prompt has more than {_FRAME_TOKENS} tokens, got {case.prompt_tokens}"
         )
-    processing = ProcessingConfig(
+    processing, tokenizer = random_processing(config, case), _LetterTokenizer(config.vocab_size)
+    processor = Processor(processing, config.action_dim, tokenizer)
+    return Policy(processor, engine, num_steps=case.steps)
+
+
+def random_processing(config: Pi05Config, case: Case) -> ProcessingConfig:
+    """Of observations as `random_observations(config, case)` makes them."""
+    return ProcessingConfig(
         cameras=_cameras(case),
         image_size=config.image_size,
         state_norm="identity",
@@ -97,8 +104,6 @@ def random_policy(engine: Engine, case: Case) -> Policy:
         max_prompt_tokens=config.max_prompt_tokens,
         robot_action_dim=config.action_dim,
     )
-    processor = Processor(processing, config.action_dim, _LetterTokenizer(config.vocab_size))
-    return Policy(processor, engine, num_steps=case.steps)
 
 
 def random_observations(

@@ -28,6 +28,7 @@ from halfpi.perf.summaries import (
     Summary,
     ablation,
     attention,
+    cold,
     e2e,
     kernels,
     mlp,
@@ -239,7 +240,7 @@ TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "stages": _stages,
     **{
         summary.__name__: partial(_summarised, summary)
-        for summary in (standard, paced, e2e, kernels, mlp, attention, ablation)
+        for summary in (standard, paced, e2e, cold, kernels, mlp, attention, ablation)
     },
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfpi.checkpoints import Checkpoint, CheckpointError
 from halfpi.checkpoints.errors import listing
@@ -129,12 +130,14 @@ def weights_hash(checkpoint: Checkpoint) -> str:
 
     It does not depend on the format, so scales stay valid through a conversion that keeps dtypes.
     """
-    digests = {}
-    for name, tensor in checkpoint.tensors():
-        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        digests[name] = digest.digest()
+    digests = checkpoint.each(_digest)
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+def _digest(name: str, tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _parse(data: Mapping[str, Any], path: Path) -> Scales:

@@ -1,4 +1,7 @@
-"""`halfpi --help` answers at once: no torch, and less than half a second of CPU time."""
+"""`halfpi --help` answers at once: no torch, and less than half a second of CPU time.
+
+What loads a policy imports torch, and nothing else that is slow.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,27 @@ except SystemExit as stop:
 """
 
 
-def run_help() -> tuple[str, dict[str, float]]:
-    child = subprocess.run(
-        [sys.executable, "-c", HELP],
+# Each takes seconds to import, and a robot waits for them.
+LOAD = """
+import sys
+from halfpi import load_policy
+load_policy("nano", device="cpu")
+print(*{"sympy", "torch._dynamo", "torch.distributed.fsdp", "triton"}.intersection(sys.modules))
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(SRC)},
         capture_output=True,
         text=True,
         check=True,
     )
+
+
+def run_help() -> tuple[str, dict[str, float]]:
+    child = run(HELP)
     return child.stdout, json.loads(child.stderr)
 
 
@@ -45,3 +61,7 @@ def test_help_names_the_commands_without_importing_torch() -> None:
 def test_help_stays_within_its_cpu_budget() -> None:
     # The least of three: noise from the machine only ever adds.
     assert min(run_help()[1]["cpu_s"] for _ in range(3)) < 0.5
+
+
+def test_loading_imports_nothing_slow() -> None:
+    assert run(LOAD).stdout.split() == []
