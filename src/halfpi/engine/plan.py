@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ class Plan:
     staging: small inputs of a call. images: what brings the others. embedded: (s, d), rows of the
     prefix. vision: by dtype of the images, first block and number of blocks. prefill: by rows,
     ascending. denoise: by number of steps. result: fp32 (h, a) on the host, pinned for a GPU, where
-    denoise leaves the actions. persistent: whether it is one kernel for all steps. cold_start_s:
-    what planning took.
+    denoise leaves the actions. persistent: whether it is one kernel for all steps.
     """
 
     staging: Staging
@@ -48,14 +46,12 @@ class Plan:
     denoise: Mapping[int, Timed]
     result: Tensor
     persistent: bool
-    cold_start_s: float
 
 
 def make_plan(
     model: Pi05, config: EngineConfig, device: torch.device, scales: Scales | None
 ) -> Plan:
     """Pack `model` for `device`, allocate, compile and capture."""
-    began = time.perf_counter()
     sizes, working = model.config, _WORKING[config.precision]
     packer = Packer(model, device, working, scales)
     operations = Operations(device, working)
@@ -90,7 +86,6 @@ def make_plan(
         },
         result=result,
         persistent=isinstance(next(iter(stages.values())), PersistentDenoise),
-        cold_start_s=time.perf_counter() - began,
     )
 
 

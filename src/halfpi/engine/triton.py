@@ -27,8 +27,8 @@ class TritonEngine:
 
     Prompt, cameras, noise, given actions and guidance are read from device memory, so no call
     captures anything. Cameras that are present are packed into the first blocks of the prefix,
-    which keep their image tokens for calls that reuse them. `plan.cold_start_s` says what planning
-    took. Without a GPU the kernels run wherever Triton's interpreter does, which tests use.
+    which keep their image tokens for calls that reuse them. Without a GPU the kernels run wherever
+    Triton's interpreter does, which tests use.
 
     Raises ValueError when the model, the device or the scales do not go with `engine`.
     """

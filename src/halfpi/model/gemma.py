@@ -173,7 +173,7 @@ class Prefix(nn.Module):
         self.head_dim = config.head_dim
         # Not yet random: `Pi05` will see to that, but on the meta device, where it takes seconds.
         table = torch.empty(config.vocab_size, config.prefix_width)
-        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(PrefixBlock(config) for _ in range(config.depth - 1))
         self.layers.append(KeyValueBlock(config))
 

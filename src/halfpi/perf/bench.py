@@ -54,14 +54,13 @@ def bench_stages(
         ms: dict[str, Percentiles] = {}
         for some in [calls] if rate_hz is None else rounds:
             ms |= measure(some, clock, repeats=repeats, launched=launched, rate_hz=rate_hz)
-    paced = {} if rate_hz is None else {"rate_hz": rate_hz}
     return _record(
         "stages" if rate_hz is None else "paced",
         subject,
         case,
         ms,
         error=relative_error(actions, reference_actions(subject.model, case)),
-        numbers={"cold_start_s": subject.cold_start_s, **paced},
+        numbers={} if rate_hz is None else {"rate_hz": rate_hz},
     )
 
 
@@ -179,8 +178,8 @@ def _record(
 ) -> Record:
     engine = subject.engine
     floor_ms = stage_floors(engine.config, case, engine.device)
-    known = {"floor_ms": floor_ms, "peak_bytes": subject.peak_bytes}
-    return measured_record(benchmark, subject.backend, case, engine.device, ms, **known, **others)
+    others["floor_ms"] = floor_ms
+    return measured_record(benchmark, subject.backend, case, engine.device, ms, **others)
 
 
 def stage_calls(subject: Subject, case: Case) -> dict[str, Call]:

@@ -14,7 +14,7 @@ from typing import Any
 from halfpi.files import atomic_write
 from halfpi.perf.cases import ABLATION, standard_case
 from halfpi.perf.records import Record, newest, read_records, slug
-from halfpi.perf.report import SHORT
+from halfpi.perf.report import unit_of
 
 RESULTS = Path("benchmarks/results")
 _MODEL = standard_case().model
@@ -81,7 +81,7 @@ def _is_standard(record: Record) -> bool:
 
 def _bars(axes: Any, records: Sequence[Record]) -> int:
     """A bar for each time, with its floor as a mark; returns how many."""
-    unit, scale = ("µs", 1000) if records[0].benchmark in SHORT else ("ms", 1)
+    unit, scale, _ = unit_of(records[0].benchmark)
     names, lengths, floors = [], [], []
     for record in records:
         for name, times in record.ms.items():

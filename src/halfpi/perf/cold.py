@@ -11,8 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +31,7 @@ from halfpi.policy import NANO, load_policy
 from halfpi.quant import save_scales
 
 CACHES = ("empty", "full")
-# Where Triton, torch.compile, the driver, and all that follow the convention keep what they compile.
+# Where Triton, torch.compile, the driver and halfpi keep what they compile.
 _CACHE_VARIABLES = (
     "TRITON_CACHE_DIR",
     "TORCHINDUCTOR_CACHE_DIR",
@@ -48,6 +47,7 @@ def bench_cold(
 
     Times are called "empty" and "full". Their parts, medians in seconds: "import_s" until halfpi is
     imported, "load_s" of `load_policy`, and "call_s" of the first `Policy.infer`.
+    The record's peak memory is of these processes.
     Raises ValueError for a longer prompt than the model reads, and if a process ends early.
     """
     if case.prompt_tokens > config.max_prompt_tokens:
@@ -57,28 +57,37 @@ def bench_cold(
     with TemporaryDirectory(prefix="halfpi-cold-") as directory:
         checkpoint = Path(directory) / "checkpoint"
         _save_random(config, case, device, checkpoint)
-        started: list[Mapping[str, Mapping[str, float]]] = []
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the processes need the room
+        starts: dict[str, list[_Start]] = {state: [] for state in CACHES}
         for repeat in range(repeats):
             caches = Path(directory) / f"caches-{repeat}"
-            started.append(
-                {state: _start(checkpoint, case, backend, device, caches) for state in CACHES}
-            )
-    parts = {state: [each[state] for each in started] for state in CACHES}
+            for state in CACHES:
+                starts[state].append(_start(checkpoint, case, backend, device, caches))
     return measured_record(
         "cold",
         backend,
         case,
         device,
         {
-            state: percentiles([1000 * sum(own.values()) for own in parts[state]])
-            for state in CACHES
+            state: percentiles([1000 * sum(one.seconds.values()) for one in own])
+            for state, own in starts.items()
         },
+        peak_bytes=max(one.peak_bytes for own in starts.values() for one in own) or None,
         numbers={
-            f"{name} {state}": float(np.median([own[name] for own in parts[state]]))
-            for state in CACHES
-            for name in parts[state][0]
+            f"{part} {state}": float(np.median([one.seconds[part] for one in own]))
+            for state, own in starts.items()
+            for part in own[0].seconds
         },
     )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Seconds by part, and the most device memory in use, 0 on a CPU."""
+
+    seconds: dict[str, float]
+    peak_bytes: int
 
 
 def _save_random(config: Pi05Config, case: Case, device: torch.device, target: Path) -> None:
@@ -93,8 +102,8 @@ def _save_random(config: Pi05Config, case: Case, device: torch.device, target: P
 
 def _start(
     checkpoint: Path, case: Case, backend: Backend, device: torch.device, caches: Path
-) -> dict[str, float]:
-    """Seconds of each part of a process of its own."""
+) -> _Start:
+    """One process, with `caches` as an earlier one left them."""
     caches.mkdir(exist_ok=True)
     arguments = {
         "checkpoint": str(checkpoint),
@@ -111,12 +120,11 @@ def _start(
     )
     if ended.returncode != 0:
         raise ValueError(f"the process that was started ended with status {ended.returncode}")
-    parts: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return parts
+    return _Start(**json.loads(ended.stdout.splitlines()[-1]))
 
 
 def main(argument: str) -> None:
-    """What is timed: load, answer once, and print how long that took."""
+    """What is timed: load, answer once, and print how long that took, as a `_Start`."""
     imported = time.time()
     start: dict[str, Any] = json.loads(argument)
     case = Case(**start["case"])
@@ -130,12 +138,14 @@ def main(argument: str) -> None:
     loaded = time.time()
     (observation,) = random_observations(policy.engine.config, case, 1)
     policy.infer(observation)
-    parts = {
+    seconds = {
         "import_s": imported - start["began"],
         "load_s": loaded - imported,
         "call_s": time.time() - loaded,
     }
-    print(json.dumps(parts))  # noqa: T201
+    on_gpu = policy.engine.device.type == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated(policy.engine.device) if on_gpu else 0
+    print(json.dumps(asdict(_Start(seconds, peak_bytes))))  # noqa: T201
 
 
 if __name__ == "__main__":

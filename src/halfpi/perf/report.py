@@ -9,8 +9,11 @@ from rich.table import Table
 
 from halfpi.perf.records import Record
 
-# Benchmarks of work that takes microseconds.
-SHORT = ("kernels", "mlp", "attention")
+# Benchmark → unit, how many are in a millisecond, and digits, where it is not of milliseconds.
+_UNITS = {
+    **dict.fromkeys(("kernels", "mlp", "attention"), ("µs", 1000.0, 1)),
+    "cold": ("s", 0.001, 1),
+}
 
 
 def report(records: Sequence[Record]) -> RenderableType:
@@ -21,7 +24,7 @@ def report(records: Sequence[Record]) -> RenderableType:
     if not records:
         raise ValueError("there is nothing to report: no record was measured")
     first = records[0]
-    unit, scale, digits = ("µs", 1000.0, 1) if first.benchmark in SHORT else ("ms", 1.0, 2)
+    unit, scale, digits = unit_of(first.benchmark)
     table = Table(title=f"{first.benchmark}, {first.device}", caption=_caption(first))
     table.add_column("engine")
     table.add_column("")
@@ -41,6 +44,11 @@ def report(records: Sequence[Record]) -> RenderableType:
     if not known:
         notes.append(f"No floor is known on {first.device} (devices.toml).")
     return Group(table, *notes)
+
+
+def unit_of(benchmark: str) -> tuple[str, float, int]:
+    """In which times of `benchmark` are shown, how many are in a millisecond, and digits."""
+    return _UNITS.get(benchmark, ("ms", 1.0, 2))
 
 
 def number_of(record: Record, key: str, name: str) -> float | None:

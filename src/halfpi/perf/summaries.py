@@ -95,12 +95,13 @@ def cold(records: Sequence[Record]) -> Summary:
             cache,
             *(_shown(number_of(record, part, cache), 1) for part in parts),
             f"{times.p50 / 1000:.1f}",
+            _shown(None if record.peak_bytes is None else record.peak_bytes / 1e9, 2),
             commit_label(record.commit, record.dirty),
         )
         for record in _of("cold", records)
         for cache, times in record.ms.items()
     ]
-    what = ("imports s", "loading s", "first call s", "total s")
+    what = ("imports s", "loading s", "first call s", "total s", "memory GB")
     header = ("device", "engine", "precision", "cache of kernels", *what, "commit")
     return Summary(header, rows)
 
