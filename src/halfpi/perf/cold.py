@@ -30,7 +30,7 @@ from halfpi.perf.timing import percentiles
 from halfpi.policy import NANO, load_policy
 from halfpi.quant import save_scales
 
-CACHES = ("empty", "full")
+_CACHES = ("empty", "full")
 # Where Triton, torch.compile, the driver and halfpi keep what they compile.
 _CACHE_VARIABLES = (
     "TRITON_CACHE_DIR",
@@ -59,10 +59,10 @@ def bench_cold(
         _save_random(config, case, device, checkpoint)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the processes need the room
-        starts: dict[str, list[_Start]] = {state: [] for state in CACHES}
+        starts: dict[str, list[_Start]] = {state: [] for state in _CACHES}
         for repeat in range(repeats):
             caches = Path(directory) / f"caches-{repeat}"
-            for state in CACHES:
+            for state in _CACHES:
                 starts[state].append(_start(checkpoint, case, backend, device, caches))
     return measured_record(
         "cold",
