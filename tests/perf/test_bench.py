@@ -13,7 +13,7 @@ from rich.console import Console
 from halfpi.config import PRESETS, Pi05Config
 from halfpi.engine import EagerEngine, Noise
 from halfpi.model import Pi05
-from halfpi.perf import bench
+from halfpi.perf import bench, engines
 from halfpi.perf.bench import (
     bench_e2e,
     bench_stages,
@@ -44,6 +44,7 @@ class GraphStandIn:
         self.eager = EagerEngine(model)
         self.config, self.device = model.config, CPU
         self.replayed: list[str] = []
+        self.runs = 0
 
     def forget(self) -> None:
         self.eager.forget()
@@ -51,6 +52,7 @@ class GraphStandIn:
     def run(
         self, inputs: ModelInputs | None, noise: Noise, num_steps: int, *rest: object
     ) -> tuple[torch.Tensor, StageTimes]:
+        self.runs += 1
         actions, _ = self.eager.run(inputs, noise, num_steps)
         return actions, StageTimes(vision_ms=1.0, prefill_ms=2.0, denoise_ms=3.0)
 
@@ -89,6 +91,21 @@ def test_the_stages_of_a_captured_engine_are_replayed(tiny_config: Pi05Config) -
     record = bench_stages(subject, CASE, repeats=3)
     assert engine.replayed == [*STAGES, *STAGES] * 13  # ten warm-ups; each stage, then all three
     assert (record.engine, record.error) == ("triton", 0.0)
+
+
+def test_an_engine_has_run_before_its_stages_are_replayed(
+    tiny_config: Pi05Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[GraphStandIn] = []
+
+    def stand_in(model: Pi05, *_: object, **__: object) -> GraphStandIn:
+        made.append(GraphStandIn(model))
+        return made[-1]
+
+    monkeypatch.setattr(engines, "make_engine", stand_in)
+    subject = subject_of(tiny_config)
+    assert subject.engine is made[0]
+    assert made[0].runs == 1
 
 
 def test_a_number_belongs_to_the_time_that_it_names(tiny_config: Pi05Config) -> None:

@@ -10,7 +10,7 @@ from halfpi.config import EngineConfig
 from halfpi.engine import EagerEngine, Engine, make_engine
 from halfpi.model import Pi05
 from halfpi.perf.cases import Case
-from halfpi.perf.synthetic import random_observations, random_policy
+from halfpi.perf.synthetic import random_inputs, random_observations, random_policy
 from halfpi.quant import FakeQuantPi05, Scales, calibrate
 
 _CALIBRATION_FRAMES = 4
@@ -35,7 +35,7 @@ class Subject:
 
 
 def make_subject(model: Pi05, case: Case, config: EngineConfig) -> Subject:
-    """Make an engine of `model` for `case`.
+    """Make an engine of `model` for `case` and run it once, on inputs that its graphs then replay.
 
     Raises ValueError where `make_engine` does, and for fake quantisation, which is slower than what
     it imitates.
@@ -44,6 +44,8 @@ def make_subject(model: Pi05, case: Case, config: EngineConfig) -> Subject:
     engine = make_engine(model, config, scales=scales)
     if isinstance(engine, EagerEngine) and isinstance(engine.model, FakeQuantPi05):
         raise ValueError("fake quantisation shows what fp8 does to actions; its time means nothing")
+    inputs, noise = random_inputs(model.config, case)
+    engine.run(inputs, noise, case.steps)
     return Subject(engine, model, config.backend)
 
 
