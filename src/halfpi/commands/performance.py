@@ -16,7 +16,7 @@ from halfpi.kernels.spec import Device
 from halfpi.model import Pi05
 from halfpi.perf.bench import bench_e2e, bench_stages
 from halfpi.perf.bench_kernels import bench_kernel
-from halfpi.perf.cases import ABLATION, Case
+from halfpi.perf.cases import ABLATION, Case, weights_dtype
 from halfpi.perf.charts import draw
 from halfpi.perf.cold import bench_cold
 from halfpi.perf.engines import engine_config, make_subject
@@ -132,8 +132,7 @@ def _preset_and_case(options: cli.BenchPreset, precision: Precision) -> tuple[Pi
 
 
 def _model_and_case(options: cli.BenchEngine, device: torch.device) -> tuple[Pi05, Case]:
-    """The model is bf16 where the precision is fp8."""
-    dtype = "float32" if options.precision == "fp32" else "bfloat16"
+    dtype = weights_dtype(options.precision)
     if options.checkpoint != "nano" and options.checkpoint in PRESETS:
         model = random_model(PRESETS[options.checkpoint], device=device, dtype=dtype)
     else:

@@ -178,8 +178,9 @@ def _record(
 ) -> Record:
     engine = subject.engine
     floor_ms = stage_floors(engine.config, case, engine.device)
-    others["floor_ms"] = floor_ms
-    return measured_record(benchmark, subject.backend, case, engine.device, ms, **others)
+    return measured_record(
+        benchmark, subject.backend, case, engine.device, ms, floor_ms=floor_ms, **others
+    )
 
 
 def stage_calls(subject: Subject, case: Case) -> dict[str, Call]:

@@ -42,6 +42,11 @@ class Case:
             raise ValueError(f"Case.precision must be one of {allowed}, got {self.precision!r}")
 
 
+def weights_dtype(precision: str) -> str:
+    """Of a model that is measured in `precision`, as in `load_model`: fp8 starts from bf16."""
+    return "float32" if precision == "fp32" else "bfloat16"
+
+
 # Variants of the ablation → their precisions; each keeps the changes of those before it.
 ABLATION: Mapping[str, Precision] = {
     "eager": "bf16",

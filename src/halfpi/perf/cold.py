@@ -22,7 +22,7 @@ import torch
 from halfpi.checkpoints import open_checkpoint, save_model
 from halfpi.config import Backend, Pi05Config
 from halfpi.perf.bench import measured_record
-from halfpi.perf.cases import Case
+from halfpi.perf.cases import Case, weights_dtype
 from halfpi.perf.engines import random_scales
 from halfpi.perf.records import Record
 from halfpi.perf.synthetic import random_model, random_observations, random_processing
@@ -92,8 +92,7 @@ class _Start:
 
 def _save_random(config: Pi05Config, case: Case, device: torch.device, target: Path) -> None:
     """A checkpoint that `load_policy` takes, with scales if the case is fp8."""
-    dtype = "float32" if case.precision == "fp32" else "bfloat16"
-    model = random_model(config, device=device, dtype=dtype)
+    model = random_model(config, device=device, dtype=weights_dtype(case.precision))
     processing = random_processing(config, case)
     save_model(model, processing, target, tokenizer=NANO / "tokenizer.json")
     if case.precision == "fp8":
